@@ -1,0 +1,325 @@
+"""Train one model over the workers that ``start_workers.py`` started.
+
+    python scripts/train.py --workers-json runs/workers.json --schedule concurrent
+
+``sequential``: the model travels from worker to worker and is trained where the rows are.
+``concurrent``: a copy goes to every worker at once; the results are averaged, weighted by rows
+(federated averaging). The rows never travel.
+
+Writes a model (safetensors), the metrics of each round (CSV) and a plot (PNG) to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import csv
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import digits
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+import wsfed
+from wsfed.federated.averaging import weighted_mean
+
+matplotlib.use("Agg")
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: what it cost and what came of it. Times in seconds, traffic in bytes."""
+
+    round: int
+    loss: float
+    accuracy: float
+    seconds: float
+    #: From the first command to the last loss, per worker.
+    worker_seconds: tuple[float, ...]
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A worker, its data set, and the batches of an epoch."""
+
+    worker: wsfed.Worker
+    dataset: wsfed.RemoteDataset
+    loader: Any
+
+
+def build(name: str, seed: int) -> nn.Module:
+    """The model: the same one for the same seed."""
+    torch.manual_seed(seed)
+    if name == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * 4 * 4, 10)),
+    )
+
+
+def optimizer_of(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """torch's own; it follows the parameters to whatever worker they are on."""
+    return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
+
+
+# --- training where the rows are -----------------------------------------------------------------
+
+
+async def train_at(
+    site: Site, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int
+) -> tuple[float, float]:
+    """Send the model, train it there, bring it home. Gives the mean loss and the seconds."""
+    begun = time.perf_counter()
+    site.worker.send(model)
+    losses: list[Awaitable[torch.Tensor]] = []
+    for _ in range(epochs):
+        for images, labels in site.loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach().get())
+            await asyncio.sleep(0)  # let what is queued leave, and the other workers have a turn
+    await wsfed.get(model, grads=False)
+    values = [float(await loss) for loss in losses]
+    return sum(values) / len(values), time.perf_counter() - begun
+
+
+async def sequential(
+    model: nn.Module, sites: Sequence[Site], options: argparse.Namespace
+) -> AsyncIterator[tuple[float, tuple[float, ...]]]:
+    """Rounds in which the model travels from worker to worker."""
+    optimizer = optimizer_of(model, options)
+    for _ in range(options.rounds):
+        results = [await train_at(site, model, optimizer, options.epochs) for site in sites]
+        yield combine(results, sites)
+
+
+async def concurrent(
+    model: nn.Module, sites: Sequence[Site], options: argparse.Namespace
+) -> AsyncIterator[tuple[float, tuple[float, ...]]]:
+    """Rounds in which every worker trains a copy, and the copies are averaged."""
+    for _ in range(options.rounds):
+        copies = [copy.deepcopy(model) for _ in sites]
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(train_at(site, each, optimizer_of(each, options), options.epochs))
+                for site, each in zip(sites, copies, strict=True)
+            ]
+        rows = [len(site.dataset) for site in sites]
+        model.load_state_dict(weighted_mean([each.state_dict() for each in copies], rows))
+        yield combine([task.result() for task in tasks], sites)
+
+
+def combine(
+    results: Sequence[tuple[float, float]], sites: Sequence[Site]
+) -> tuple[float, tuple[float, ...]]:
+    """Mean loss, weighted by rows, and the seconds of each worker."""
+    rows = [len(site.dataset) for site in sites]
+    loss = sum(loss * n for (loss, _), n in zip(results, rows, strict=True)) / sum(rows)
+    return loss, tuple(seconds for _, seconds in results)
+
+
+def centralised(rows: digits.Rows, options: argparse.Namespace) -> nn.Module:
+    """The same model, trained on all rows in this process."""
+    model = build(options.model, options.seed)
+    optimizer = optimizer_of(model, options)
+    images, labels = torch.from_numpy(rows.images), torch.from_numpy(rows.labels)
+    for epoch in range(options.rounds * options.epochs):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(epoch))
+        for index in order.split(options.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[index]), labels[index]).backward()
+            optimizer.step()
+    return model
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, rows: digits.Rows) -> float:
+    """The share of held-out rows that the model gets right."""
+    model.eval()
+    guesses = model(torch.from_numpy(rows.images)).argmax(1)
+    model.train()
+    return float((guesses == torch.from_numpy(rows.labels)).float().mean())
+
+
+# --- the program -------------------------------------------------------------------------------------
+
+
+async def run(started: dict[str, Any], options: argparse.Namespace, console: Console) -> int:
+    """Train, show, and save."""
+    _, test = digits.load()
+    model = build(options.model, options.seed)
+    schedule = {"sequential": sequential, "concurrent": concurrent}[options.schedule]
+    async with AsyncExitStack() as stack:
+        sites = [await open_site(each, number, started["dataset"], options, stack)
+                 for number, each in enumerate(started["workers"])]
+        shown = ", ".join(f"{site.worker.id} ({len(site.dataset)} rows)" for site in sites)
+        console.print(f"{options.schedule} training of the {options.model} over {shown}")
+        history = await follow(schedule(model, sites, options), model, sites, test, options, console)
+    if not options.no_baseline:
+        baseline = accuracy_of(centralised(digits.load()[0], options), test)
+        report(history, baseline, options, console)
+    save(model, history, options, console)
+    return 0
+
+
+async def open_site(
+    told: dict[str, Any], number: int, dataset: str, options: argparse.Namespace,
+    stack: AsyncExitStack,
+) -> Site:
+    """Connect to a worker and look up its data set."""
+    worker = await stack.enter_async_context(wsfed.connect(told["url"]))
+    data = await worker.dataset(dataset)
+    seed = options.seed + 1000 * number
+    return Site(worker, data, data.loader(options.batch_size, shuffle=True, seed=seed))
+
+
+async def follow(
+    rounds: AsyncIterator[tuple[float, tuple[float, ...]]],
+    model: nn.Module, sites: Sequence[Site], test: digits.Rows, options: argparse.Namespace,
+    console: Console,
+) -> list[Round]:
+    """Go through the rounds with a progress bar."""
+    history: list[Round] = []
+    columns = (TextColumn("round {task.completed}/{task.total}"), BarColumn(),
+               TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("rounds", total=options.rounds, state="")
+        begun, before = time.perf_counter(), traffic(sites)
+        async for loss, seconds in rounds:
+            now, after = time.perf_counter(), traffic(sites)
+            this = Round(len(history) + 1, loss, accuracy_of(model, test), now - begun, seconds,
+                         after[0] - before[0], after[1] - before[1])
+            history.append(this)
+            state = (f"loss {loss:.4f}  accuracy {this.accuracy:.4f}  "
+                     f"{(this.bytes_up + this.bytes_down) / 1e6:.2f} MB a round")
+            progress.update(task, advance=1, state=state)
+            begun, before = time.perf_counter(), after
+    return history
+
+
+def traffic(sites: Sequence[Site]) -> tuple[int, int]:
+    """Bytes to and from all workers so far."""
+    pairs = [site.worker.traffic for site in sites]
+    return sum(up for up, _ in pairs), sum(down for _, down in pairs)
+
+
+def report(
+    history: Sequence[Round], baseline: float, options: argparse.Namespace, console: Console
+) -> None:
+    """The result, beside centralised training."""
+    last, seconds = history[-1], [each.seconds for each in history]
+    table = Table(title="held-out digits")
+    for column in ("training", "accuracy", "seconds a round"):
+        table.add_column(column)
+    table.add_row(options.schedule, f"{last.accuracy:.4f}", f"{np.median(seconds):.3f}")
+    table.add_row("centralised", f"{baseline:.4f}", "")
+    console.print(table)
+    slowest = float(np.median([each.seconds / max(each.worker_seconds) for each in history]))
+    whole = float(np.median([each.seconds / sum(each.worker_seconds) for each in history]))
+    console.print(f"a round took {slowest:.2f} of its slowest worker's time, {whole:.2f} of the sum")
+
+
+def save(
+    model: nn.Module, history: Sequence[Round], options: argparse.Namespace, console: Console
+) -> None:
+    """Model, metrics and plot."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out / options.schedule
+    save_file(model.state_dict(), f"{stem}.safetensors")
+    with open(f"{stem}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(Round)])
+        for each in history:
+            row = asdict(each)
+            row["worker_seconds"] = " ".join(f"{s:.6f}" for s in each.worker_seconds)
+            writer.writerow(row.values())
+    plot(history, options, Path(f"{stem}.png"))
+    for suffix, what in (("safetensors", "model"), ("csv", "metrics"), ("png", "plot")):
+        console.print(f"{what}: {stem}.{suffix}", soft_wrap=True)
+
+
+def plot(history: Sequence[Round], options: argparse.Namespace, path: Path) -> None:
+    """Loss and accuracy over the rounds."""
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    numbers = [each.round for each in history]
+    left.plot(numbers, [each.loss for each in history], marker="o", markersize=3)
+    left.set(xlabel="round", ylabel="training loss", yscale="log")
+    right.plot(numbers, [each.accuracy for each in history], marker="o", markersize=3, color="C2")
+    right.axhline(0.95, color="grey", linestyle=":", label="0.95")
+    right.set(xlabel="round", ylabel="accuracy on held-out digits", ylim=(0, 1.02))
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{options.schedule} training of the {options.model}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workers-json", type=Path, required=True, help="what start_workers.py wrote")
+    add("--schedule", choices=("sequential", "concurrent"), default="concurrent")
+    add("--model", choices=("cnn", "mlp"), default="cnn")
+    add("--rounds", type=int, default=10)
+    add("--epochs", type=int, default=1, help="local epochs a round")
+    add("--batch-size", type=int, default=32)
+    add("--lr", type=float, default=0.05)
+    add("--momentum", type=float, default=0.9)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=CHECKOUT / "runs")
+    add("--no-baseline", action="store_true", help="no centralised training to compare with")
+    options = parser.parse_args(argv)
+    for name in ("rounds", "epochs", "batch_size"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} has to be at least 1")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; gives its exit code."""
+    options, console = parse(argv), Console()
+    try:
+        started = json.loads(options.workers_json.read_text())
+        return asyncio.run(run(started, options, console))
+    except (OSError, json.JSONDecodeError) as error:
+        console.print(f"[red]{options.workers_json}: {error}[/] (start_workers.py writes it)")
+    except wsfed.WsfedError as error:
+        console.print(f"[red]{error}[/]")
+    except* wsfed.WsfedError as group:  # one of several workers
+        console.print(f"[red]{group.exceptions[0]}[/]")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

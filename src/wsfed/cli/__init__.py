@@ -1,0 +1,51 @@
+"""The command line: ``wsfed worker``, ``wsfed status``, ``wsfed demo``.
+
+Exit codes: 0 success, 1 it did not work (the reason is on stderr), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import wsfed
+from wsfed.cli.demo import demo
+from wsfed.cli.status import status
+from wsfed.cli.worker import worker
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="PyTorch on other people's machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"wsfed {wsfed.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(worker)
+app.command()(status)
+app.command()(demo)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,186 @@
+"""``wsfed worker``: a worker node in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import signal
+import ssl as ssl_module
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+__all__ = ["parse_size", "worker"]
+
+EXAMPLES = """
+Examples:
+
+  wsfed worker --id bob --port 8777
+
+  wsfed worker --id clinic --dataset scans=scans.npz --max-memory 8GB
+
+  wsfed worker --port 0 --json        # any free port, told as one line of JSON
+
+  wsfed worker --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token.txt
+"""
+
+_SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """``"8GB"``, ``"500M"``, ``"1048576"`` → bytes (powers of 1024)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise typer.BadParameter(f"{text!r} is not a size; write 500MB, 8GB or a number of bytes")
+    return int(float(match[1]) * _SIZES[match[2].upper()])
+
+
+def worker(
+    id: Annotated[str, typer.Option(help="The worker's name.")] = "worker",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8777,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Offer a file (.npz .safetensors .csv .pt)."),
+    ] = None,
+    open: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Let rows of this data set be fetched."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Such as cpu, cuda:0, mps.")] = "cpu",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Tensors of one session. Default: half of the memory."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="torch's threads. Default: torch's own choice.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Only clients that show the token in this file get in.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    insecure: Annotated[
+        bool, typer.Option(help="Listen beyond this machine without TLS and token.")
+    ] = False,
+    direct: Annotated[
+        bool, typer.Option(help="Take tensors to other workers when a client asks for it.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Tell the address as JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log connections.")] = False,
+) -> None:
+    """Run a worker node until it is interrupted or terminated.
+
+    It binds 127.0.0.1 unless told otherwise, and prints its URL when it is ready.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # Only now: --help and mistakes should not wait for torch.
+    from wsfed.node import check_exposure
+
+    refusal = check_exposure(
+        host, tls=tls_cert is not None, token=token_file is not None, insecure=insecure
+    )
+    if refusal:
+        _usage(refusal)
+    node = _node(id, dataset or [], open or [], device, max_memory, threads, token_file, direct)
+    ssl = _tls(tls_cert, tls_key)
+    try:
+        asyncio.run(_serve(node, host, port, ssl, as_json))
+    except OSError as error:
+        _fail(f"cannot listen on {host}:{port}: {error.strerror or error}; try --port 0")
+
+
+worker.__doc__ = (worker.__doc__ or "") + EXAMPLES
+
+
+def _node(
+    id: str,
+    datasets: list[str],
+    opened: list[str],
+    device: str,
+    max_memory: str | None,
+    threads: int | None,
+    token_file: Path | None,
+    direct: bool,
+) -> object:
+    import torch
+
+    from wsfed.errors import DatasetError
+    from wsfed.node import Node
+    from wsfed.worker.datasets import load, parse_option
+
+    try:
+        named = [parse_option(text) for text in datasets]
+    except ValueError as error:
+        _usage(str(error))
+    unknown = set(opened) - {name for name, _ in named}
+    if unknown:
+        _usage(f"--open {sorted(unknown)[0]}: there is no --dataset of that name")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        _usage(f"--device {device}: {str(error).splitlines()[0]}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        loaded = [
+            load(name, path, open=name in opened, device=device) for name, path in named
+        ]
+        token = token_file.read_text().strip() if token_file else None
+    except (DatasetError, OSError) as error:
+        _fail(str(error))
+    if token == "":
+        _usage(f"{token_file} is empty")
+    size = parse_size(max_memory) if max_memory else None
+    return Node(
+        id, datasets=loaded, device=device, max_memory=size, token=token, direct=direct
+    )
+
+
+def _tls(cert: Path | None, key: Path | None) -> ssl_module.SSLContext | None:
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        _usage("--tls-cert and --tls-key go together")
+    context = ssl_module.SSLContext(ssl_module.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl_module.SSLError) as error:
+        _fail(f"{cert}, {key}: {error}")
+    return context
+
+
+async def _serve(
+    node: object, host: str, port: int, ssl: ssl_module.SSLContext | None, as_json: bool
+) -> None:
+    from wsfed.node import Node
+
+    assert isinstance(node, Node)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with node, node.listen(host, port, ssl) as url:
+        if as_json:
+            typer.echo(json.dumps({"url": url, **node.info}))
+        else:
+            rows = ", ".join(f"{name} ({d.rows} rows)" for name, d in node.datasets.items())
+            typer.echo(f"worker {node.id} on {url}" + (f" offers {rows}" if rows else ""))
+        sys.stdout.flush()
+        await stop.wait()
+
+
+def _usage(text: str) -> NoReturn:
+    raise typer.BadParameter(text)
+
+
+def _fail(text: str) -> NoReturn:
+    typer.secho(f"wsfed worker: {text}", fg="red", err=True)
+    raise typer.Exit(1)

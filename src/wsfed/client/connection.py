@@ -1,0 +1,427 @@
+"""The client's end of a session: commands out, replies in, one background task.
+
+Pointers put commands in (:class:`~wsfed.pointers.link.Link`), from the event loop's thread or, in
+the blocking world, from any other; the pump takes frames out
+(:class:`~wsfed.transport.pump.End`). A connection that breaks is made again for a while and the
+session resumed; what cannot be resumed ends every awaiting pointer with one typed error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final
+
+import torch
+
+from wsfed.client.failures import Failures
+from wsfed.client.transfers import transfer
+from wsfed.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    LocalProtocolError,
+    NotFound,
+    RemoteProtocolError,
+    SessionLost,
+    WsfedError,
+)
+from wsfed.pointers.link import Link
+from wsfed.pointers.site import Site
+from wsfed.protocol import messages as m
+from wsfed.protocol.codec import Buffer
+from wsfed.protocol.session import (
+    Ended,
+    Event,
+    Lost,
+    Opened,
+    RefusedByPeer,
+    Role,
+    Session,
+    Silent,
+    State,
+)
+from wsfed.protocol.stream import Delivery, Gate
+from wsfed.tensors import allocate, incoming, outgoing
+from wsfed.transport.pump import pump
+from wsfed.transport.wire import Wire, WireLost
+
+__all__ = ["Connection"]
+
+_log = logging.getLogger("wsfed.client")
+
+#: Deletes wait for company until there are so many, or until something else is sent.
+_DELETES: Final = 32
+#: The first wait before a connection is made again, and the longest, in seconds (full jitter).
+_BACK_OFF: Final = (0.1, 30.0)
+
+
+class Connection(Link):
+    """One session on one worker.
+
+    Args:
+        url: where the worker is, for errors and for other workers.
+        open_wire: makes a connection; raises ``WireLost``.
+        loop: where everything but ``issue`` and its like runs.
+        token: shown to the worker.
+        blocking: calls that bring something back return it instead of an awaitable.
+        reconnect: seconds to go on trying when a connection breaks.
+
+    Attributes:
+        url: see above.
+        worker: what pointers give as their location; set by its maker.
+        info: what the worker told about itself, once it is known.
+        opened: done when the worker has welcomed this client.
+        reachable: which other workers this one is known to reach, by URL.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        open_wire: Callable[[], Awaitable[Wire]],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        token: str | None = None,
+        blocking: bool = False,
+        reconnect: float = 5.0,
+    ) -> None:
+        self.url, self.blocking = url, blocking
+        self.worker: Any = None
+        self.info: dict[str, Any] = {}
+        self.device = torch.device("cpu")
+        self.wake = asyncio.Event()
+        self.opened: asyncio.Future[None] = loop.create_future()
+        self.session = Session(Role.CLIENT, allocate)
+        self.failures = Failures(self.session.sender.note)
+        self.reachable: dict[str, bool] = {}
+        self.received_bytes = self.sent_bytes = 0
+        self._open_wire, self._loop, self._token = open_wire, loop, token
+        self._reconnect = reconnect
+        self._thread = threading.get_ident()
+        self._poked = False
+        self._ids = itertools.count(1)
+        self._requests: dict[int, tuple[asyncio.Future[Any], Site | None]] = {}
+        self._released: deque[int] = deque()
+        self._names: dict[str, int] = {}
+        self._dead: WsfedError | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._main: asyncio.Task[None] | None = None
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Begin to connect; in the event loop's thread."""
+        self._thread = threading.get_ident()
+        self._main = self._loop.create_task(self._run(), name=f"wsfed {self.url}")
+
+    async def close(self) -> None:
+        """End the session. Nothing is raised; what failed unseen is logged."""
+        for failure in self.failures.unseen():
+            _log.warning("never awaited: %s", failure)
+        if self.session.state is not State.GONE:
+            self.session.end("the client is done")
+        self._die(ConnectionLost(self.url, "it was closed by this program"))
+        self.wake.set()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._main is not None:
+            if not self._is_connected:
+                self._main.cancel()
+            await asyncio.gather(self._main, *self._tasks, return_exceptions=True)
+
+    @property
+    def closed(self) -> bool:
+        """The session is over."""
+        return self._dead is not None
+
+    async def _run(self) -> None:
+        self._is_connected = False
+        give_up: float | None = None
+        for attempt in itertools.count():
+            try:
+                wire = await self._open_wire()
+            except WireLost as lost:
+                reason = lost.reason
+            else:
+                reason = await self._use(wire)
+                if self.session.state is State.DETACHED:
+                    attempt, give_up = 0, None
+            if self._dead is not None:
+                return
+            now = self._loop.time()
+            if give_up is None:
+                give_up = now + self._reconnect
+            if self.session.state is State.IDLE or now >= give_up:
+                self._die(ConnectionLost(self.url, reason))
+                return
+            longest = min(_BACK_OFF[1], _BACK_OFF[0] * 2**attempt, give_up - now)
+            await asyncio.sleep(random.uniform(0, longest))
+
+    async def _use(self, wire: Wire) -> str:
+        self.session.hello(
+            self._loop.time(), token=self._token, ticket=None, client=f"torch {torch.__version__}"
+        )
+        self._is_connected = True
+        try:
+            reason = await pump(wire, self)
+        finally:
+            self._is_connected = False
+        self.session.cut(self._loop.time())
+        return reason
+
+    _is_connected = False
+
+    def _die(self, error: WsfedError) -> None:
+        """The session is over: whoever waits is told."""
+        if self._dead is None:
+            self._dead = error
+        for future, _ in self._requests.values():
+            if not future.done():
+                future.set_exception(self._dead)
+                future.exception()  # whoever awaits it is told; nobody has to
+        self._requests.clear()
+        if not self.opened.done():
+            self.opened.set_exception(self._dead)
+            self.opened.exception()
+
+    def _alive(self) -> None:
+        if self._dead is not None:
+            raise self._dead.with_traceback(None)
+
+    # --- commands (any thread) ---
+
+    def new_id(self) -> int:
+        """An identifier that this session has not used."""
+        return next(self._ids)
+
+    def issue(self, command: list[Any], site: Site | None = None) -> None:
+        """Queue a command.
+
+        Args:
+            command: in wire form.
+            site: the user's line, for errors.
+
+        Raises:
+            WsfedError: the session is over, or the command has no wire form.
+        """
+        self._alive()
+        if len(self._released) >= _DELETES:
+            self._delete_released()
+        name = command[1] if command[0] == m.Execute.code else None
+        if name is not None and (number := self._names.get(name)) is not None:
+            command[1], name = number, None
+        self.session.sender.put(command, site)
+        if name is not None:
+            self._names[name] = len(self._names)
+        self._poke()
+
+    def store(
+        self, id: int, tensor: torch.Tensor, requires_grad: bool, site: Site | None = None
+    ) -> None:
+        """Queue a tensor, as it is now."""
+        self._alive()
+        message = m.Store(id, 0, requires_grad)
+        self.session.sender.put_tensor(
+            lambda place: dataclasses.replace(message, tensor=place).wire(), outgoing(tensor), site
+        )
+        self._poke()
+
+    def cancel(self) -> None:
+        """Give up every command that was sent and has not started."""
+        self._alive()
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        self.session.cancel()
+        self.wake.set()
+
+    def release(self, id: int) -> None:
+        """Nobody holds this object any more. Never raises."""
+        self._released.append(id)
+
+    def fetch(
+        self, id: int, site: Site | None = None, *, gate: Gate | None = None
+    ) -> asyncio.Future[torch.Tensor]:
+        """Ask for a value; the request leaves at once, or when ``gate`` opens."""
+        return self.ask(lambda request: m.Get(request, id).wire(), site, gate=gate)
+
+    def ask(
+        self,
+        make: Callable[[int], list[Any]],
+        site: Site | None = None,
+        *,
+        gate: Gate | None = None,
+    ) -> asyncio.Future[Any]:
+        """Queue a request.
+
+        Args:
+            make: gives the command for the number of the request.
+            site: the user's line, for errors.
+            gate: where to queue it, if not at the end.
+        """
+        self._alive()
+        request = self.new_id()
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._requests[request] = (future, site)
+        if gate is None:
+            self.issue(make(request), site)
+        else:
+            gate.put(make(request))
+        return future
+
+    def transfer(self, ids: Sequence[int], to: Link, new_ids: Sequence[int]) -> None:
+        """Copy objects to another worker; later commands there wait for them."""
+        assert isinstance(to, Connection)
+        self._alive()
+        to._alive()
+        self.spawn(transfer(self, ids, to, new_ids))
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Start ``work``: an awaitable, or in the blocking world its result."""
+        if not self.blocking:
+            return self.spawn(work)
+        if threading.get_ident() == self._thread:
+            work.close()
+            raise LocalProtocolError("deadlock", "a blocking call inside the event loop's thread")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Start ``work`` as a task that ends with the connection at the latest."""
+        if threading.get_ident() != self._thread:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _delete_released(self) -> None:
+        ids = [self._released.popleft() for _ in range(len(self._released))]
+        for start in range(0, len(ids), m.limits.MAX_IDS):
+            self.session.sender.put(m.Delete(ids[start : start + m.limits.MAX_IDS]).wire())
+
+    def _poke(self) -> None:
+        if threading.get_ident() == self._thread:
+            self.wake.set()
+        elif not self._poked:
+            self._poked = True
+            self._loop.call_soon_threadsafe(self._woken)
+
+    def _woken(self) -> None:
+        self._poked = False
+        self.wake.set()
+
+    # --- the pump's view ---
+
+    @property
+    def over(self) -> bool:
+        """See :class:`~wsfed.transport.pump.End`."""
+        return self._dead is not None
+
+    @property
+    def next_tick(self) -> float | None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        return self.session.next_tick
+
+    def next_frame(self, now: float) -> Sequence[Buffer] | None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        if self._released and self.session.state is State.LIVE:
+            self._delete_released()
+        frame = self.session.next_frame(now)
+        if frame is not None:
+            self.sent_bytes += sum(map(len, frame))
+        return frame
+
+    def tick(self, now: float) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        for event in self.session.tick(now):
+            if isinstance(event, Silent):
+                raise WireLost(f"nothing came for {event.seconds:.0f} s")
+
+    def broken(self, error: Exception, now: float) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        if isinstance(error, RemoteProtocolError):
+            self.session.refuse(error.code, error.reason)
+            self._die(error)
+        else:
+            _log.error("a connection broke", exc_info=error)
+            self.session.end()
+            self._die(ConnectionLost(self.url, f"{type(error).__name__}: {error}"))
+
+    def arrived(self, data: Buffer, now: float) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        self.received_bytes += len(data)
+        try:
+            for event in self.session.receive(data, now):
+                self._handle(event)
+        except RemoteProtocolError as error:
+            self.broken(error, now)
+        self.wake.set()
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Delivery():
+                for raw in event.messages:
+                    self._replied(m.parse(raw, (m.REPLIES,)), event)
+                self.session.processed(event.seq)
+                if not self._requests:
+                    self.session.request_ack()
+            case Opened(worker, info, resumed):
+                if not resumed:
+                    self._welcomed(worker, info)
+            case Lost(reason):
+                self._die(SessionLost(self.worker.id, reason))
+            case Ended(reason):
+                self._die(SessionLost(self.worker.id, reason))
+            case RefusedByPeer("authentication", reason):
+                self._die(AuthenticationFailed(self.url, reason))
+            case RefusedByPeer(error, reason):
+                self._die(RemoteProtocolError(error, reason))
+
+    def _welcomed(self, worker: str, info: dict[str, Any]) -> None:
+        self.info = {**info, "id": worker}
+        self.device = torch.device(str(info.get("device", "cpu")))
+        if not self.opened.done():
+            self.opened.set_result(None)
+
+    # --- replies ---
+
+    def _replied(self, reply: m.Message, delivery: Delivery) -> None:
+        match reply:
+            case m.TensorReply(request, place, requires_grad):
+                if place >= len(delivery.tensors):
+                    raise RemoteProtocolError("malformed", "a reply without its tensor")
+                tensor = incoming(delivery.tensors[place])
+                if tensor is None:
+                    self._resolve(request, None, MemoryError("no memory for the tensor"))
+                else:
+                    self._resolve(request, tensor.requires_grad_(requires_grad))
+            case m.ValueReply(request, value):
+                self._resolve(request, value)
+            case m.Failed(seq, index, bound, failure):
+                self.failures.add((seq, index), failure, bound=bound, worker=self.worker.id)
+            case m.RequestFailed(request, seq, index, failure):
+                site = self._requests[request][1] if request in self._requests else None
+                error = self.failures.take((seq, index), failure, site, worker=self.worker.id)
+                self._resolve(request, None, error)
+
+    def _resolve(self, request: int, value: Any, error: Exception | None = None) -> None:
+        future, _ = self._requests.pop(request, (None, None))
+        if future is None or future.done():
+            return
+        if error is None or isinstance(error, NotFound):
+            # What belongs to no object is told at the next await, whatever that is for.
+            error = self.failures.next_unbound() or error
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)

@@ -1,0 +1,126 @@
+"""A data set that a worker's owner offers: its rows stay there, its batches are pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wsfed.errors import NotFound
+from wsfed.pointers.pointer import Pointer, make_pointer
+from wsfed.protocol import messages as m
+from wsfed.tensors import DTYPES
+
+__all__ = ["Loader", "RemoteDataset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Dtype and shape of one field; the first size is the number of rows."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class RemoteDataset:
+    """A named data set on a worker; made by ``await worker.dataset(name)``.
+
+    Attributes:
+        name: as the owner calls it.
+        rows: how many there are.
+        open: whether the owner lets rows be fetched.
+        fields: dtype and shape by name, in the order in which batches give them.
+    """
+
+    def __init__(self, link: Any, described: Mapping[str, Any]) -> None:
+        self._link = link
+        self.name: str = described["name"]
+        self.rows: int = described["rows"]
+        self.open: bool = described["open"]
+        self.fields: dict[str, Field] = {
+            name: Field(DTYPES[dtype], tuple(shape)) for name, dtype, shape in described["fields"]
+        }
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}: {field.dtype}" for name, field in self.fields.items())
+        where = self._link.worker.id
+        return f"<RemoteDataset {self.name!r} on {where!r}: {self.rows} rows of {fields}>"
+
+    def __getitem__(self, field: str) -> Pointer:
+        """All rows of one field, as a pointer.
+
+        Raises:
+            NotFound: there is no such field.
+        """
+        if field not in self.fields:
+            known = ", ".join(map(repr, self.fields))
+            raise NotFound(f"the data set {self.name!r} has no field {field!r}; it has {known}")
+        return dict(zip(self.fields, self.batch(self.rows, 0), strict=True))[field]
+
+    def batch(self, batch_size: int, index: int, *, seed: int | None = None) -> tuple[Pointer, ...]:
+        """One batch, a pointer for each field; made on the worker.
+
+        Args:
+            batch_size: rows of a full batch.
+            index: which batch, from 0; the last one may be smaller.
+            seed: order of the rows: ``None`` for their own, else that of
+                ``torch.randperm(rows, generator=torch.Generator().manual_seed(seed))``.
+
+        Raises:
+            IndexError: there is no such batch.
+        """
+        start = index * batch_size
+        if batch_size < 1 or not 0 <= start < max(self.rows, 1):
+            raise IndexError(f"{self.rows} rows have no batch {index} of {batch_size}")
+        size = min(batch_size, self.rows - start)
+        ids = [self._link.new_id() for _ in self.fields]
+        self._link.issue(m.Batch(self.name, ids, seed, batch_size, index).wire())
+        return tuple(
+            make_pointer(self._link, id, (size, *field.shape[1:]), field.dtype)
+            for id, field in zip(ids, self.fields.values(), strict=True)
+        )
+
+    def loader(
+        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+    ) -> Loader:
+        """Batches of an epoch, over and over, as ``torch.utils.data.DataLoader`` gives them.
+
+        Args:
+            batch_size: rows a batch.
+            shuffle: a new order each epoch: that of the seed ``seed + epoch``.
+            seed: see ``shuffle``.
+            drop_last: leave out a last batch that is not full.
+        """
+        if batch_size < 1:
+            raise ValueError(f"a batch has at least one row, not {batch_size}")
+        return Loader(self, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
+
+
+class Loader:
+    """Gives the batches of one epoch each time it is iterated.
+
+    Attributes:
+        epoch: how many epochs were begun; set it to repeat or to skip some.
+    """
+
+    def __init__(
+        self, dataset: RemoteDataset, batch_size: int, *, shuffle: bool, seed: int, drop_last: bool
+    ) -> None:
+        self._dataset, self._batch_size = dataset, batch_size
+        self._shuffle, self._seed, self._drop_last = shuffle, seed, drop_last
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self._dataset.rows, self._batch_size)
+        return whole + (1 if rest and not self._drop_last else 0)
+
+    def __iter__(self) -> Iterator[tuple[Pointer, ...]]:
+        seed = self._seed + self.epoch if self._shuffle else None
+        self.epoch += 1
+        for index in range(len(self)):
+            yield self._dataset.batch(self._batch_size, index, seed=seed)

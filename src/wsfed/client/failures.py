@@ -1,0 +1,98 @@
+"""What has failed on a worker and was not told to the user yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from wsfed import errors
+from wsfed.errors import RemoteError
+from wsfed.pointers.site import Site, describe_site
+
+__all__ = ["Failures"]
+
+#: A worker may name these; any other name becomes a plain RemoteError.
+_CLASSES: Final = {
+    name: cls
+    for name in errors.__all__
+    if isinstance(cls := getattr(errors, name), type) and issubclass(cls, RemoteError)
+}
+#: Failures nobody awaits are forgotten beyond this number, oldest first.
+_MOST: Final = 1000
+
+
+@dataclass(slots=True)
+class _Record:
+    failure: list[Any]
+    site: Site | None
+    worker: str
+    bound: bool
+    seen: bool = False
+
+    def error(self) -> RemoteError:
+        kind, type, message, op, shapes = self.failure
+        return _CLASSES.get(kind, RemoteError)(
+            message,
+            type=type,
+            op=op,
+            shapes=shapes,
+            worker=self.worker,
+            site=describe_site(self.site) if self.site is not None else "",
+        )
+
+
+class Failures:
+    """Failures by the command that caused them: number of the frame and place in it.
+
+    Args:
+        note: gives the note (the user's line) of a command that is not acknowledged yet.
+    """
+
+    def __init__(self, note: Callable[[int, int], Site | None]) -> None:
+        self._note = note
+        self._records: dict[tuple[int, int], _Record] = {}
+
+    def add(self, at: tuple[int, int], failure: list[Any], *, bound: bool, worker: str) -> None:
+        """A command without a reply failed; ``bound``: awaiting its result will tell, too."""
+        self._records[at] = _Record(failure, self._note(*at), worker, bound)
+        if len(self._records) > _MOST:
+            del self._records[next(iter(self._records))]
+
+    def add_local(self, error: Exception) -> None:
+        """Something failed that belongs to no command of this session."""
+        failure = ["RemoteError", type(error).__name__, str(error)[:2000], "move", []]
+        if isinstance(error, RemoteError):
+            name = type(error).__name__
+            failure = [name, error.type, error.message, error.op, list(error.shapes)]
+        self._records[-1, len(self._records)] = _Record(failure, None, "", bound=False)
+
+    def take(
+        self, at: tuple[int, int], failure: list[Any], site: Site | None, *, worker: str
+    ) -> RemoteError:
+        """The error of a request, which may have failed because of an earlier command."""
+        record = self._records.get(at)
+        if record is None:
+            return _Record(failure, self._note(*at) or site, worker, bound=True).error()
+        record.seen = True
+        return record.error()
+
+    def next_unbound(self) -> RemoteError | None:
+        """The first failure that no awaited result will tell of, once."""
+        return self._next(lambda record: not record.bound)
+
+    def next_pending(self) -> RemoteError | None:
+        """The first failure of any kind that was not told yet, once."""
+        return self._next(lambda record: True)
+
+    def _next(self, wanted: Callable[[_Record], bool]) -> RemoteError | None:
+        for record in self._records.values():
+            if not record.seen and wanted(record):
+                record.seen = True
+                return record.error()
+        return None
+
+    def unseen(self) -> Iterator[RemoteError]:
+        """Everything that was never told."""
+        while (error := self.next_pending()) is not None:
+            yield error

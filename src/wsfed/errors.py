@@ -1,0 +1,253 @@
+"""Every error that wsfed raises, in one tree.
+
+::
+
+    WsfedError
+    ├── ConnectionLost          the socket is gone; the session may still be resumed
+    ├── SessionLost             the worker no longer has (or never had) this session
+    ├── AuthenticationFailed    the worker refused the token
+    ├── ProtocolError           bytes that do not follow the wire protocol
+    │   ├── LocalProtocolError      this side was asked to send them
+    │   └── RemoteProtocolError     the peer sent them
+    ├── RemoteError             an operation failed on the worker
+    │   ├── OpNotAllowed            the operation is not in the worker's table
+    │   ├── GetNotPermitted         the value may not leave the worker
+    │   ├── QuotaExceeded           the session's share of memory or objects is used up
+    │   ├── DeadlineExceeded        the time given for the work is over
+    │   ├── NotFound                no such object, dataset or tag on the worker
+    │   └── Cancelled               the command was cancelled before it ran
+    ├── NotCollocated           one operation, pointers on two workers
+    ├── PointerError            a pointer was used in a way that has no remote meaning
+    │   ├── ValueNeeded             Python needs the value now: await or get it first
+    │   └── ConstantTooLarge        a local tensor too large to travel along with an operation
+    └── DatasetError            a data file is missing, malformed or unusable
+
+Data is carried in attributes, and the text is made from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "AuthenticationFailed",
+    "Cancelled",
+    "ConnectionLost",
+    "ConstantTooLarge",
+    "DatasetError",
+    "DeadlineExceeded",
+    "GetNotPermitted",
+    "LocalProtocolError",
+    "NotCollocated",
+    "NotFound",
+    "OpNotAllowed",
+    "PointerError",
+    "ProtocolError",
+    "QuotaExceeded",
+    "RemoteError",
+    "RemoteProtocolError",
+    "SessionLost",
+    "ValueNeeded",
+    "WsfedError",
+]
+
+
+class WsfedError(Exception):
+    """The root of every error that wsfed raises."""
+
+
+class ConnectionLost(WsfedError):
+    """The connection to a worker ended, or could not be made.
+
+    Attributes:
+        url: where the worker is, or was.
+        reason: what the transport said.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(f"no connection to {url}: {reason}")
+
+
+class SessionLost(WsfedError):
+    """The worker has no such session: it restarted, or the time to live ran out.
+
+    Every pointer of the session is dead; connect again and send the data anew.
+
+    Attributes:
+        worker: the worker's id.
+        reason: why the session is gone.
+    """
+
+    def __init__(self, worker: str, reason: str) -> None:
+        self.worker, self.reason = worker, reason
+        super().__init__(f"the session on worker {worker!r} is lost: {reason}")
+
+
+class AuthenticationFailed(WsfedError):
+    """The worker refused the token (or asked for one and got none).
+
+    Attributes:
+        url: the worker's address.
+        reason: the worker's sentence.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(f"{url} refused the connection: {reason}")
+
+
+class ProtocolError(WsfedError):
+    """Bytes or an order of messages that the wire protocol does not allow.
+
+    Attributes:
+        code: a short word a program can test, such as ``"malformed"``.
+        reason: one sentence.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        self.code, self.reason = code, reason
+        super().__init__(f"{reason} [{code}]")
+
+
+class LocalProtocolError(ProtocolError):
+    """This side was asked to send something that the protocol does not allow."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent something that the protocol does not allow."""
+
+
+class RemoteError(WsfedError):
+    """An operation failed on a worker.
+
+    Attributes:
+        worker: id of the worker, ``""`` on the worker itself.
+        type: name of the exception's class on the worker, such as ``"RuntimeError"``.
+        message: its text; canned when private data was involved.
+        op: wire name of the operation, or the command's name.
+        shapes: one text an argument tensor, such as ``"float32[2, 3]"``.
+        site: ``file:line`` of the user's code that issued the operation, or ``""``.
+    """
+
+    advice = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        type: str = "",
+        op: str = "",
+        shapes: Sequence[str] = (),
+        worker: str = "",
+        site: str = "",
+    ) -> None:
+        self.message, self.op, self.shapes = message, op, tuple(shapes)
+        self.worker, self.site = worker, site
+        self.type = type or self.__class__.__name__
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        call = f"{self.op}({', '.join(self.shapes)})" if self.op else "a command"
+        place = f" on worker {self.worker!r}" if self.worker else ""
+        lines = [f"{self.type} in {call}{place}: {self.message}"]
+        if self.site:
+            lines.append(f"  issued at {self.site}")
+        if self.advice:
+            lines.append(f"  {self.advice}")
+        return "\n".join(lines)
+
+
+class OpNotAllowed(RemoteError):
+    """The operation is not in the frozen table, or its arguments are not allowed."""
+
+
+class GetNotPermitted(RemoteError):
+    """The value belongs to the owner of the worker and may not leave it."""
+
+    advice = "train on it where it is; only the owner can mark a dataset open"
+
+
+class QuotaExceeded(RemoteError):
+    """The session's share of the worker (bytes, objects) is used up."""
+
+    advice = "drop pointers that are no longer needed, or ask the owner for a larger --max-memory"
+
+
+class DeadlineExceeded(RemoteError):
+    """The time given for the work is over."""
+
+
+class NotFound(RemoteError):
+    """No object, dataset or transfer of that name on the worker, for this session."""
+
+
+class Cancelled(RemoteError):
+    """The command was cancelled before the worker ran it."""
+
+
+class NotCollocated(WsfedError):
+    """One operation met pointers on two workers.
+
+    Attributes:
+        op: the operation.
+        workers: ids of the workers, in the order they were met.
+        site: ``file:line`` of the user's code, or ``""``.
+    """
+
+    def __init__(self, op: str, workers: Sequence[str], site: str = "") -> None:
+        self.op, self.workers, self.site = op, tuple(workers), site
+        names = " and ".join(repr(name) for name in self.workers)
+        super().__init__(
+            f"{op} needs its tensors on one worker, and they are on {names}; "
+            "move one of them with .move(worker)" + (f" (issued at {site})" if site else "")
+        )
+
+
+class PointerError(WsfedError, RuntimeError):
+    """A pointer was used in a way that has no remote meaning."""
+
+
+class ValueNeeded(PointerError, TypeError):
+    """Python needs the value of a pointer now, and it is on the worker.
+
+    Attributes:
+        wanted: what was asked of the pointer, such as ``"bool()"``.
+    """
+
+    def __init__(self, wanted: str, pointer: str, advice: str = "") -> None:
+        self.wanted = wanted
+        super().__init__(
+            f"{wanted} needs the value of {pointer}, which is on the worker; "
+            + (advice or "write `value = await pointer.get()` first")
+        )
+
+
+class ConstantTooLarge(PointerError, ValueError):
+    """A local tensor met in a remote operation is too large to travel along unasked.
+
+    Attributes:
+        op: the operation.
+        nbytes: size of the local tensor in bytes.
+        limit: the largest size that travels along, in bytes.
+    """
+
+    def __init__(self, op: str, nbytes: int, limit: int) -> None:
+        self.op, self.nbytes, self.limit = op, nbytes, limit
+        super().__init__(
+            f"{op} met a local tensor of {nbytes:,} bytes; above {limit:,} bytes it has to be "
+            "sent on purpose: write `pointer = worker.send(tensor)` once and use the pointer"
+        )
+
+
+class DatasetError(WsfedError, ValueError):
+    """A data file is missing, malformed, or has not what was asked of it.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")

@@ -1,0 +1,468 @@
+"""A worker node: sessions, their threads, and the connections that come and go.
+
+One process, any number of clients. Each session has objects, random numbers and a thread of its
+own; nothing of one is visible in another. The node keeps a session whose connection was cut until
+its time to live is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import platform
+import secrets
+import ssl as ssl_module
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+
+from wsfed.errors import RemoteProtocolError
+from wsfed.protocol import limits
+from wsfed.protocol import messages as m
+from wsfed.protocol.codec import Buffer, encode, pack
+from wsfed.protocol.session import Role, Session, State, read_greeting
+from wsfed.tensors import allocate
+from wsfed.transport.carrier import carry
+from wsfed.transport.pump import pump
+from wsfed.transport.websocket import dial, is_loopback, listen
+from wsfed.transport.wire import Wire, WireLost
+from wsfed.worker.datasets import Dataset
+from wsfed.worker.executor import Executor
+from wsfed.worker.interpreter import Carry, Interpreter, Outcome
+from wsfed.worker.session import (
+    Arrived,
+    CancelUpTo,
+    Carried,
+    Close,
+    Done,
+    Event,
+    Expect,
+    Instruction,
+    PeerLost,
+    Run,
+    Tick,
+    WorkerSession,
+)
+
+__all__ = ["Node", "default_max_memory"]
+
+_log = logging.getLogger("wsfed.node")
+
+#: Sessions at once: each may have a thread.
+_MOST_SESSIONS: Final = 1000
+#: Tickets that clients have announced and no carrier has shown yet, and the other way round.
+_MOST_TICKETS: Final = 256
+#: A carrier may be faster than the client's announcement; it waits this long for it.
+_TICKET_SECONDS: Final = 5.0
+#: Two workers that can reach each other do so within this time.
+_DIAL_SECONDS: Final = 3.0
+_MAX_OBJECTS: Final = 4_000_000
+
+
+def default_max_memory() -> int:
+    """What a session may take where the owner says nothing: half of the machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
+
+
+class Node:
+    """A worker. Use it as an async context manager.
+
+    Args:
+        id: the worker's name.
+        datasets: what the owner offers.
+        device: where tensors are kept and computed, such as ``"cpu"`` or ``"cuda:0"``.
+        max_memory: bytes that the tensors of one session may take.
+        token: what a client has to show; ``None`` lets everybody in.
+        direct: whether this worker takes tensors to other workers itself when a client asks.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        datasets: Iterable[Dataset] = (),
+        device: str | torch.device = "cpu",
+        max_memory: int | None = None,
+        token: str | None = None,
+        direct: bool = True,
+    ) -> None:
+        self.id = id
+        self.device = torch.device(device)
+        self.datasets: Mapping[str, Dataset] = MappingProxyType({d.name: d for d in datasets})
+        self._max_memory = max_memory if max_memory is not None else default_max_memory()
+        self._token, self._direct = token, direct
+        self._epoch = secrets.token_bytes(16)
+        self._sessions: dict[bytes, _Hosted] = {}
+        self._tickets: dict[bytes, asyncio.Future[tuple[_Hosted, Sequence[int]]]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._closing = False
+
+    async def __aenter__(self) -> Node:
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._tasks is not None
+        await self._say_goodbye()
+        tasks, self._tasks = self._tasks, None
+        await tasks.__aexit__(None, None, None)
+
+    async def _say_goodbye(self) -> None:
+        """Take no more sessions, and end the ones there are."""
+        self._closing = True
+        hosted = list(self._sessions.values())
+        for each in hosted:
+            each.say_goodbye("the worker is shutting down")
+        await asyncio.gather(*(each.left() for each in hosted))
+        for each in hosted:
+            self.forget(each)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the worker tells about itself in its welcome."""
+        return {
+            "id": self.id,
+            "profile": "torch",
+            "device": str(self.device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "max_memory": self._max_memory,
+            "direct": self._direct,
+            "datasets": {
+                name: {"rows": d.rows, "open": d.open} for name, d in self.datasets.items()
+            },
+            "sessions": len(self._sessions),
+        }
+
+    # --- listening ---
+
+    @asynccontextmanager
+    async def listen(
+        self, host: str = "127.0.0.1", port: int = 0, ssl: ssl_module.SSLContext | None = None
+    ) -> AsyncIterator[str]:
+        """Accept connections while the context lasts; gives the URL.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        async with listen(
+            self.serve, host=host, port=port, ssl=ssl, health=lambda: f"ok {self.id}"
+        ) as (bound_host, bound_port):
+            shown = f"[{bound_host}]" if ":" in bound_host else bound_host
+            try:
+                yield f"{'wss' if ssl else 'ws'}://{shown}:{bound_port}"
+            finally:
+                await self._say_goodbye()
+
+    async def serve(self, wire: Wire) -> None:
+        """Serve one connection until it ends."""
+        try:
+            attached = await self._greet(wire)
+        except (WireLost, TimeoutError):
+            await wire.close()
+            return
+        except RemoteProtocolError as error:
+            await _answer(wire, m.Refused(error.code, error.reason[: limits.MAX_TEXT]))
+            return
+        if attached is not None:
+            await attached.run(wire)
+
+    async def _greet(self, wire: Wire) -> _Attached | None:
+        async with asyncio.timeout(limits.HANDSHAKE_SECONDS):
+            greeting = read_greeting(await wire.receive())
+        if isinstance(greeting, m.Resume):
+            return await self._resume(greeting, wire)
+        if greeting.ticket is not None:
+            return await self._admit_carrier(greeting.ticket)
+        if self._token is not None and not hmac.compare_digest(
+            (greeting.token or "").encode(), self._token.encode()
+        ):
+            said = "the token is wrong" if greeting.token else "a token is needed"
+            raise RemoteProtocolError("authentication", said)
+        if len(self._sessions) >= _MOST_SESSIONS or self._closing:
+            raise RemoteProtocolError("busy", "the worker takes no more sessions now")
+        return self._admit()
+
+    def _admit(self) -> _Attached:
+        interpreter = Interpreter(
+            self.device, self.datasets, max_bytes=self._max_memory, max_objects=_MAX_OBJECTS
+        )
+        hosted = _Hosted(self, interpreter, Executor(f"wsfed {self.id}"))
+        hosted.protocol.welcome(_now(), epoch=self._epoch, worker=self.id, info=self.info)
+        self._sessions[hosted.protocol.id] = hosted
+        return hosted.attach()
+
+    async def _resume(self, asked: m.Resume, wire: Wire) -> _Attached | None:
+        hosted = self._sessions.get(asked.session)
+        if asked.epoch != self._epoch or hosted is None:
+            restarted = asked.epoch != self._epoch
+            said = "the worker was restarted" if restarted else "its time to live was over"
+            await _answer(wire, m.SessionLost(said))
+            return None
+        if not hosted.protocol.knows(asked.token):
+            raise RemoteProtocolError("token", "the token does not belong to the session")
+        await hosted.fence()
+        hosted.protocol.resume(asked, _now())
+        return hosted.attach()
+
+    # --- tensors from other workers ---
+
+    async def _admit_carrier(self, ticket: bytes) -> _Attached:
+        try:
+            async with asyncio.timeout(_TICKET_SECONDS):
+                target, ids = await self._ticket(ticket)
+        except TimeoutError:
+            raise RemoteProtocolError("ticket", "nobody has announced this ticket") from None
+        finally:
+            self._tickets.pop(ticket, None)
+        hosted = _Hosted(self, target.interpreter, target.executor, only=frozenset(ids))
+        hosted.protocol.welcome(_now(), epoch=self._epoch, worker=self.id, info={})
+        return hosted.attach()
+
+    def _ticket(self, ticket: bytes) -> asyncio.Future[tuple[_Hosted, Sequence[int]]]:
+        if ticket not in self._tickets:
+            if len(self._tickets) >= _MOST_TICKETS:
+                raise RemoteProtocolError("busy", "too many transfers at once")
+            self._tickets[ticket] = asyncio.get_running_loop().create_future()
+        return self._tickets[ticket]
+
+    def expect(self, hosted: _Hosted, ticket: bytes, ids: Sequence[int]) -> None:
+        """A client announces that another worker will bring these objects."""
+        try:
+            future = self._ticket(ticket)
+        except RemoteProtocolError:
+            return  # the carrier is refused, and the client takes the detour
+        if not future.done():
+            future.set_result((hosted, ids))
+
+    def carry(self, hosted: _Hosted, job: Carry) -> None:
+        """Take tensors to another worker, and report to the session."""
+        if self._tasks is not None:
+            self._tasks.create_task(self._carry(hosted, job))
+
+    async def _carry(self, hosted: _Hosted, job: Carry) -> None:
+        error: Exception | None = None
+        try:
+            if not self._direct:
+                raise WireLost("this worker connects to no others")
+            wire = await dial(job.url, timeout=_DIAL_SECONDS)
+            await carry(wire, job.ticket, job.names, job.tensors)
+        except Exception as caught:  # whatever it was, the client is told
+            error = caught
+        hosted.handle(Carried(job, error))
+
+    # --- the end of sessions ---
+
+    def forget(self, hosted: _Hosted) -> None:
+        """A session is over."""
+        if self._sessions.pop(hosted.protocol.id, None) is not None:
+            hosted.executor.submit(hosted.interpreter.store.clear)
+            hosted.executor.stop()
+
+
+class _Hosted:
+    """A session, the thread that runs it, and the connection it has at the moment."""
+
+    def __init__(
+        self,
+        node: Node,
+        interpreter: Interpreter,
+        executor: Executor,
+        only: frozenset[int] | None = None,
+    ) -> None:
+        self.node, self.interpreter, self.executor = node, interpreter, executor
+        self.protocol = Session(Role.WORKER, self._allocate)
+        self._session = WorkerSession(self.protocol, only=only)
+        self._cancelled = 0
+        self._loop = asyncio.get_running_loop()
+        self._attached: _Attached | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+
+    def _allocate(self, nbytes: int) -> memoryview | None:
+        unfinished = self.protocol.receiver.unfinished_bytes
+        return allocate(nbytes) if self.interpreter.store.has_room(unfinished + nbytes) else None
+
+    # --- connections ---
+
+    def attach(self) -> _Attached:
+        """A connection is there."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._attached = _Attached(self)
+        return self._attached
+
+    async def fence(self) -> None:
+        """Another connection takes over: end the one there is."""
+        if self._attached is not None:
+            await self._attached.fence()
+
+    def detach(self, attached: _Attached) -> None:
+        """A connection has ended."""
+        if self._attached is not attached:
+            return
+        self._attached = None
+        if self.protocol.state is State.LIVE:
+            self.handle(PeerLost())
+            self._expiry = self._loop.call_later(limits.SESSION_TTL_SECONDS, self._expire)
+
+    def _expire(self) -> None:
+        self.handle(Tick())
+
+    def say_goodbye(self, reason: str) -> None:
+        """End the session, telling the client."""
+        self.protocol.end(reason)
+        self._wake()
+
+    def refuse(self, error: RemoteProtocolError) -> None:
+        """End the session because the client sent what is no message."""
+        self.protocol.refuse(error.code, error.reason)
+        self.node.forget(self)
+
+    async def left(self) -> None:
+        """Wait until the connection is closed."""
+        if self._attached is not None:
+            await self._attached.done.wait()
+
+    def _wake(self) -> None:
+        if self._attached is not None:
+            self._attached.wake.set()
+
+    # --- events in, instructions out ---
+
+    def handle(self, event: Event) -> None:
+        """Feed the session and do what it says."""
+        for instruction in self._session.handle(event, _now()):
+            self._follow(instruction)
+        self._wake()
+
+    def _follow(self, instruction: Instruction) -> None:
+        match instruction:
+            case Run():
+                self.executor.submit(lambda: self._work(instruction))
+            case CancelUpTo(seq):
+                self._cancelled = max(self._cancelled, seq)
+            case Expect(ticket, ids):
+                self.node.expect(self, ticket, ids)
+            case Carry():
+                self.node.carry(self, instruction)
+            case Close(reason, forget):
+                self._close(reason, forget)
+
+    def _close(self, reason: str, forget: bool) -> None:
+        _log.info("worker %s: a connection ends: %s", self.node.id, reason)
+        if forget:
+            self.node.forget(self)
+        if self._attached is not None:
+            self._attached.closing = True
+
+    def _work(self, run: Run) -> None:
+        """In the executor's thread."""
+        outcome = self.interpreter.run(
+            run.seq,
+            run.commands,
+            run.tensors,
+            run.start,
+            run.budget,
+            lambda: run.seq <= self._cancelled,
+        )
+        self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self.handle, Done(outcome))
+        except RuntimeError:
+            _log.debug("the event loop ended before the work did")
+
+
+class _Attached:
+    """A connection of a hosted session (:class:`~wsfed.transport.pump.End`)."""
+
+    def __init__(self, hosted: _Hosted) -> None:
+        self._hosted = hosted
+        self.wake = asyncio.Event()
+        self.done = asyncio.Event()
+        self.closing = False
+        self._fenced = False
+
+    async def run(self, wire: Wire) -> None:
+        """Until the connection ends."""
+        try:
+            await pump(wire, self)
+        finally:
+            self.done.set()
+            self._hosted.detach(self)
+
+    async def fence(self) -> None:
+        """End at once: another connection has the session now."""
+        self._fenced = True
+        self.wake.set()
+        await self.done.wait()
+
+    @property
+    def over(self) -> bool:
+        """See :class:`~wsfed.transport.pump.End`."""
+        return self._fenced or self.closing or self._hosted.protocol.state is State.GONE
+
+    @property
+    def next_tick(self) -> float | None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        return None if self._fenced else self._hosted.protocol.next_tick
+
+    def next_frame(self, now: float) -> Sequence[Buffer] | None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        return None if self._fenced else self._hosted.protocol.next_frame(now)
+
+    def arrived(self, data: Buffer, now: float) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        if not self._fenced:
+            self._hosted.handle(Arrived(data))
+
+    def broken(self, error: Exception, now: float) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        if isinstance(error, RemoteProtocolError):
+            self._hosted.refuse(error)
+        else:
+            _log.error("a connection broke", exc_info=error)
+        self.closing = True
+        self.wake.set()
+
+    def tick(self, now: float) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        self._hosted.handle(Tick())
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _answer(wire: Wire, message: m.Message) -> None:
+    try:
+        await wire.send(encode(0, 0, [pack(message.wire())]))
+    except WireLost:
+        pass
+    await wire.close()
+
+
+def check_exposure(host: str, *, tls: bool, token: bool, insecure: bool) -> str | None:
+    """Why a worker should not listen on ``host``, or ``None`` where it may.
+
+    Beyond this machine a worker needs TLS and a token, unless its owner says in so many words
+    that the network is trusted.
+    """
+    if is_loopback(host) or insecure or (tls and token):
+        return None
+    missing = " and ".join(
+        word for word, there in (("TLS", tls), ("a token", token)) if not there
+    )
+    return (
+        f"{host} can be reached from other machines, and {missing} is missing; give --tls-cert, "
+        "--tls-key and --token-file, or say --insecure if every machine there is trusted"
+    )

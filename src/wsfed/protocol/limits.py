@@ -1,0 +1,113 @@
+"""Every bound of the wire, each with its reason.
+
+A peer that goes beyond one of them has made a protocol error: nothing is truncated, nothing is
+guessed.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ACK_EVERY_BYTES",
+    "ACK_EVERY_FRAMES",
+    "ALIGNMENT",
+    "BATCH_BYTES",
+    "CHUNK_BYTES",
+    "HANDSHAKE_SECONDS",
+    "HEARTBEAT_SECONDS",
+    "INLINE_BYTES",
+    "MAX_CONSTANT_BYTES",
+    "MAX_DEPTH",
+    "MAX_DIMENSIONS",
+    "MAX_FRAME_BYTES",
+    "MAX_HEADER_BYTES",
+    "MAX_ID",
+    "MAX_IDS",
+    "MAX_OPEN_STREAMS",
+    "MAX_TAGS",
+    "MAX_TENSOR_BYTES",
+    "MAX_TEXT",
+    "REPLY_BACKLOG_BYTES",
+    "SESSION_TTL_SECONDS",
+    "SILENCE_SECONDS",
+    "WINDOW_BYTES",
+    "WINDOW_FRAMES",
+]
+
+#: Tensor bytes start at multiples of this: complex128 is the widest element, and a JavaScript
+#: typed array refuses an offset that is no multiple of its element size.
+ALIGNMENT = 16
+
+#: A large tensor travels in pieces of this size. Measured: 256 KiB frames move 2.1–2.4 GB/s over
+#: loopback, one frame of 64 MiB 0.3–0.5 GB/s (masking stays in the cache), 64 KiB 1.3 GB/s.
+CHUNK_BYTES = 256 * 1024
+
+#: Tensors up to this size (all of a frame together) travel inside a batch: more would hold up the
+#: heartbeat behind it, and a chunk is that size anyway.
+INLINE_BYTES = CHUNK_BYTES
+
+#: msgpack amplifies: an array of empty arrays takes 68 times its size in memory once unpacked,
+#: so 256 KiB of header costs a peer's victim 17 MiB at most.
+MAX_HEADER_BYTES = 256 * 1024
+
+#: A sender closes a batch at this size: large enough that the cost per frame vanishes (about
+#: 2,000 commands), small enough that the other side starts to work early.
+BATCH_BYTES = 64 * 1024
+
+#: Length word, header, padding and tensors together. Also the WebSocket's ``max_size``.
+MAX_FRAME_BYTES = 4 + MAX_HEADER_BYTES + ALIGNMENT + INLINE_BYTES + 4096
+
+#: Nesting of an argument. torch's own calls nest three deep.
+MAX_DEPTH = 32
+
+#: torch itself stops at 64 dimensions.
+MAX_DIMENSIONS = 64
+
+#: Identifiers are integers that JavaScript can hold exactly.
+MAX_ID = 2**53 - 1
+
+#: Identifiers in one message: results of an operation, deletes of a batch.
+MAX_IDS = 16_384
+
+#: A name, a reason, a tag, an error's text.
+MAX_TEXT = 4096
+
+#: Tags of one object.
+MAX_TAGS = 32
+
+#: One tensor; above it even the announcement is refused. 1 TiB is beyond any worker's memory.
+MAX_TENSOR_BYTES = 2**40
+
+#: Streams announced and not complete. A sender sends one after the other; a few more let a
+#: relay interleave.
+MAX_OPEN_STREAMS = 16
+
+#: Sent and not yet processed by the peer: bytes. Above the bandwidth-delay product of 1 Gbit/s
+#: at 100 ms (12.5 MB).
+WINDOW_BYTES = 16 * 1024 * 1024
+
+#: Sent and not yet processed by the peer: frames. Bounds the list a receiver keeps for frames
+#: of a few bytes.
+WINDOW_FRAMES = 1024
+
+#: A receiver says how far it is after this many frames or bytes, if nothing else left earlier.
+ACK_EVERY_FRAMES = 32
+ACK_EVERY_BYTES = WINDOW_BYTES // 8
+
+#: A worker starts no further command while replies of this size wait for the client.
+REPLY_BACKLOG_BYTES = WINDOW_BYTES
+
+#: A local tensor met in a remote operation travels along unasked up to this size: hidden states,
+#: masks and index tensors of ordinary models are below it, data sets are above.
+MAX_CONSTANT_BYTES = 64 * 1024
+
+#: An idle side shows that it lives this often. NAT tables forget after 30 s at the earliest.
+HEARTBEAT_SECONDS = 10.0
+
+#: A peer from which nothing came for so long is lost: four heartbeats.
+SILENCE_SECONDS = 40.0
+
+#: The first message has to come within this time, so that an open port costs little.
+HANDSHAKE_SECONDS = 10.0
+
+#: A session without a connection lives this long (monotonic clock).
+SESSION_TTL_SECONDS = 120.0

@@ -1,0 +1,519 @@
+"""Everything that can be said on the wire: one frozen dataclass a message.
+
+On the wire a message is the array ``[code, field, field, ...]`` in the order of the class. Each
+field states what it accepts; :func:`parse` refuses everything else with the name of the message
+and of the field. Tensors are not in messages: a message holds an index into the tensor table of
+its frame (:mod:`wsfed.protocol.codec`).
+
+Three kinds: *control* messages manage the connection and stand outside the numbered stream;
+*commands* go from client to worker and *replies* from worker to client, both numbered, ordered
+and delivered exactly once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, TypeVar, cast
+
+from wsfed.errors import RemoteProtocolError
+from wsfed.protocol import limits
+
+__all__ = [
+    "BY_CODE",
+    "COMMANDS",
+    "CONTROL",
+    "REPLIES",
+    "STREAM",
+    "Ack",
+    "Backward",
+    "Batch",
+    "Cancel",
+    "Chunk",
+    "Clone",
+    "Delete",
+    "Describe",
+    "Execute",
+    "Failed",
+    "Flush",
+    "Get",
+    "Goodbye",
+    "Hello",
+    "Message",
+    "Move",
+    "OpenDataset",
+    "OpenStream",
+    "Ping",
+    "Receive",
+    "Refused",
+    "RequestFailed",
+    "Resume",
+    "Resumed",
+    "Search",
+    "Seed",
+    "SessionLost",
+    "Store",
+    "Tag",
+    "TensorReply",
+    "ValueReply",
+    "Welcome",
+    "parse",
+]
+
+VERSION: Final = 1
+
+CONTROL: Final = "control"
+COMMANDS: Final = "command"
+REPLIES: Final = "reply"
+STREAM: Final = "stream"  # a numbered message of either direction
+
+
+class Message:
+    """The base of all messages; a class a line in the table of the documentation."""
+
+    __slots__ = ()
+    code: ClassVar[int]
+    kind: ClassVar[str]
+    checks: ClassVar[tuple[tuple[str, Check], ...]]
+
+    def wire(self) -> list[Any]:
+        """The message as msgpack sees it."""
+        return [self.code, *(getattr(self, name) for name, _ in self.checks)]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a field accepts: a description for people and a test."""
+
+    says: str
+    accepts: Callable[[Any], bool]
+
+
+# --- what a field can be -----------------------------------------------------------------------
+
+
+def _is_uint(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= limits.MAX_ID
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 < value <= limits.MAX_ID
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= limits.MAX_TEXT
+
+
+def _is_bytes(value: Any) -> bool:
+    return type(value) is bytes and len(value) <= 64
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _list_of(test: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, list) and len(value) <= most and all(map(test, value))
+
+    return accepts
+
+
+def _maybe(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _field(says: str, accepts: Callable[[Any], bool]) -> Any:
+    return field(metadata={"check": Check(says, accepts)})
+
+
+def _uint() -> Any:
+    return _field("an unsigned integer below 2^53", _is_uint)
+
+
+def _id() -> Any:
+    return _field("a positive integer below 2^53", _is_id)
+
+
+def _ids() -> Any:
+    return _field("a list of identifiers", _list_of(_is_id, limits.MAX_IDS))
+
+
+def _text() -> Any:
+    return _field(f"text of at most {limits.MAX_TEXT} characters", _is_text)
+
+
+def _bytes() -> Any:
+    return _field("at most 64 bytes", _is_bytes)
+
+
+def _flag() -> Any:
+    return _field("true or false", _is_flag)
+
+
+def _texts(most: int) -> Any:
+    return _field(f"a list of at most {most} texts", _list_of(_is_text, most))
+
+
+def _mapping() -> Any:
+    return _field("a map with text keys", lambda value: type(value) is dict)
+
+
+_M = TypeVar("_M", bound=type[Message])
+
+
+def _message(code: int, kind: str) -> Callable[[_M], _M]:
+    def register(cls: _M) -> _M:
+        made = dataclass(frozen=True, slots=True)(cls)
+        made.code, made.kind = code, kind
+        made.checks = tuple(
+            (item.name, cast(Check, item.metadata["check"]))
+            for item in dataclasses.fields(made)  # type: ignore[arg-type]
+        )
+        return made
+
+    return register
+
+
+# --- control: outside the numbered stream ------------------------------------------------------
+
+
+@_message(1, CONTROL)
+class Hello(Message):
+    """The first message of a new session."""
+
+    version: int = _uint()
+    token: str | None = _field("text or nothing", _maybe(_is_text))
+    #: Set by a worker that brings a tensor: the number under which it is expected.
+    ticket: bytes | None = _field("at most 64 bytes or nothing", _maybe(_is_bytes))
+    client: str = _text()
+
+
+@_message(2, CONTROL)
+class Welcome(Message):
+    """The session exists. ``info`` tells what the worker is."""
+
+    session: bytes = _bytes()
+    token: bytes = _bytes()
+    epoch: bytes = _bytes()
+    worker: str = _text()
+    info: dict[str, Any] = _mapping()
+
+
+@_message(3, CONTROL)
+class Resume(Message):
+    """The first message of a new connection for a session that exists."""
+
+    version: int = _uint()
+    session: bytes = _bytes()
+    token: bytes = _bytes()
+    epoch: bytes = _bytes()
+    received: int = _uint()
+
+
+@_message(4, CONTROL)
+class Resumed(Message):
+    """The session goes on; ``token`` is for the next resume."""
+
+    received: int = _uint()
+    token: bytes = _bytes()
+
+
+@_message(5, CONTROL)
+class SessionLost(Message):
+    """There is no such session any more."""
+
+    reason: str = _text()
+
+
+@_message(6, CONTROL)
+class Refused(Message):
+    """The sender ends the connection because of what the peer did."""
+
+    error: str = _text()
+    reason: str = _text()
+
+
+@_message(7, CONTROL)
+class Ack(Message):
+    """Nothing but the acknowledgement that every frame carries."""
+
+
+@_message(8, CONTROL)
+class Ping(Message):
+    """Asks for an :class:`Ack`, as a sign of life."""
+
+
+@_message(9, CONTROL)
+class Goodbye(Message):
+    """The session ends here; nothing is kept."""
+
+    reason: str = _text()
+
+
+@_message(10, CONTROL)
+class Cancel(Message):
+    """Skip every command up to frame ``seq`` that has not started."""
+
+    seq: int = _uint()
+
+
+# --- stream: numbered, either direction ---------------------------------------------------------
+
+
+@_message(16, STREAM)
+class OpenStream(Message):
+    """Announces a large tensor: so many bytes will follow in chunks."""
+
+    stream: int = _id()
+    nbytes: int = _uint()
+
+
+@_message(17, STREAM)
+class Chunk(Message):
+    """The next piece of a stream; ``tensor`` is its place in the frame's tensor table."""
+
+    stream: int = _id()
+    offset: int = _uint()
+    tensor: int = _uint()
+
+
+# --- commands: client to worker ------------------------------------------------------------------
+
+
+@_message(32, COMMANDS)
+class Store(Message):
+    """Keep a tensor under ``id``."""
+
+    id: int = _id()
+    tensor: int = _uint()
+    requires_grad: bool = _flag()
+
+
+def _is_op(value: Any) -> bool:
+    return _is_uint(value) or (type(value) is str and len(value) <= 256)
+
+
+@_message(33, COMMANDS)
+class Execute(Message):
+    """Run one operation. ``op`` is its name, or the number the name got at its first use."""
+
+    op: str | int = _field("the name of an operation or its number", _is_op)
+    #: An identifier for each tensor of the result, in order; a known one is bound anew.
+    outs: list[int] = _ids()
+    args: list[Any] = _field("a list", lambda value: type(value) is list)
+    kwargs: dict[str, Any] = _mapping()
+    mode: int = _uint()
+
+
+_is_maybe_ids = _maybe(_list_of(_is_id, limits.MAX_IDS))
+
+
+@_message(34, COMMANDS)
+class Backward(Message):
+    """Gradients of ``roots`` into the leaves of their graph."""
+
+    roots: list[int] = _ids()
+    gradients: list[int | None] | None = _field(
+        "nothing or a list of identifiers or nothings",
+        _maybe(_list_of(_maybe(_is_id), limits.MAX_IDS)),
+    )
+    retain_graph: bool | None = _field("true, false or nothing", _maybe(_is_flag))
+    create_graph: bool = _flag()
+    inputs: list[int] | None = _field("nothing or a list of identifiers", _is_maybe_ids)
+    mode: int = _uint()
+
+
+@_message(35, COMMANDS)
+class Get(Message):
+    """Send the value of ``id`` back."""
+
+    request: int = _id()
+    id: int = _id()
+
+
+@_message(36, COMMANDS)
+class Delete(Message):
+    """Forget these objects. Unknown ones are passed over."""
+
+    ids: list[int] = _ids()
+
+
+@_message(37, COMMANDS)
+class Describe(Message):
+    """Tell shape, dtype and tags of ``id``; never its values."""
+
+    request: int = _id()
+    id: int = _id()
+
+
+@_message(38, COMMANDS)
+class Tag(Message):
+    """Add tags and a description to an object, so that a search finds it."""
+
+    id: int = _id()
+    tags: list[str] = _texts(limits.MAX_TAGS)
+    description: str = _text()
+
+
+@_message(39, COMMANDS)
+class Search(Message):
+    """List the objects of this session and the open names of the worker that have all tags."""
+
+    request: int = _id()
+    tags: list[str] = _texts(limits.MAX_TAGS)
+
+
+@_message(40, COMMANDS)
+class Flush(Message):
+    """A barrier: the reply says that everything before it has run."""
+
+    request: int = _id()
+
+
+@_message(41, COMMANDS)
+class Seed(Message):
+    """Seed the random numbers of this session, as ``torch.manual_seed`` does locally."""
+
+    seed: int = _field("an integer of 64 bits", lambda v: type(v) is int and -(2**63) <= v < 2**64)
+
+
+@_message(42, COMMANDS)
+class OpenDataset(Message):
+    """Tell fields, rows, shapes and dtypes of a data set of the owner's."""
+
+    request: int = _id()
+    name: str = _text()
+
+
+@_message(43, COMMANDS)
+class Batch(Message):
+    """Make one batch of a data set: an identifier for each field, in the order of its fields."""
+
+    name: str = _text()
+    outs: list[int] = _ids()
+    #: Order of the rows: nothing for the natural one, else the seed of a permutation.
+    seed: int | None = _field("nothing or an integer of 53 bits", _maybe(_is_uint))
+    batch_size: int = _id()
+    index: int = _uint()
+
+
+@_message(44, COMMANDS)
+class Move(Message):
+    """Take these objects to another worker, which expects them under ``ticket``."""
+
+    request: int = _id()
+    ids: list[int] = _ids()
+    #: What the objects are to be called there, one identifier each.
+    names: list[int] = _ids()
+    url: str = _text()
+    ticket: bytes = _bytes()
+
+
+@_message(45, COMMANDS)
+class Receive(Message):
+    """Another worker will bring these objects; it knows ``ticket``."""
+
+    ids: list[int] = _ids()
+    ticket: bytes = _bytes()
+
+
+@_message(46, COMMANDS)
+class Clone(Message):
+    """Bind ``copy`` to an independent copy of ``id``, a leaf with the same ``requires_grad``."""
+
+    id: int = _id()
+    copy: int = _id()
+
+
+# --- replies: worker to client --------------------------------------------------------------------
+
+
+def _is_failure(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 5
+        and all(map(_is_text, value[:4]))
+        and _list_of(_is_text, 256)(value[4])
+    )
+
+
+#: A failure on the wire: ``[class, type, message, op, shapes]``.
+def _failure() -> Any:
+    return _field("a failure: [class, type, message, op, [shapes]]", _is_failure)
+
+
+@_message(64, REPLIES)
+class TensorReply(Message):
+    """The value asked for by :class:`Get`."""
+
+    request: int = _id()
+    tensor: int = _uint()
+    requires_grad: bool = _flag()
+
+
+@_message(65, REPLIES)
+class ValueReply(Message):
+    """The answer to any other request: plain data."""
+
+    request: int = _id()
+    value: Any = _field("plain data", lambda _: True)
+
+
+@_message(66, REPLIES)
+class RequestFailed(Message):
+    """The request has no answer. ``seq`` and ``index`` name the command that failed first."""
+
+    request: int = _id()
+    seq: int = _uint()
+    index: int = _uint()
+    failure: list[Any] = _failure()
+
+
+@_message(67, REPLIES)
+class Failed(Message):
+    """A command that has no reply failed; its results are poisoned."""
+
+    seq: int = _uint()
+    index: int = _uint()
+    #: Whether the failure has poisoned an object, so that awaiting that object will tell.
+    bound: bool = _flag()
+    failure: list[Any] = _failure()
+
+
+BY_CODE: Final[Mapping[int, type[Message]]] = MappingProxyType(
+    {
+        cls.code: cls
+        for cls in sorted(
+            (item for item in list(globals().values()) if isinstance(item, type)),
+            key=lambda cls: getattr(cls, "code", 0),
+        )
+        if issubclass(cls, Message) and cls is not Message
+    }
+)
+
+
+def parse(raw: Any, kinds: Sequence[str]) -> Message:
+    """Make a message of what msgpack unpacked.
+
+    Raises:
+        RemoteProtocolError: unknown message, wrong direction, missing or wrongly typed field.
+    """
+    if type(raw) is not list or not raw or type(raw[0]) is not int:
+        raise RemoteProtocolError("malformed", "a message is an array that begins with its code")
+    cls = BY_CODE.get(raw[0])
+    if cls is None:
+        raise RemoteProtocolError("unknown-message", f"there is no message {raw[0]}")
+    if cls.kind not in kinds:
+        raise RemoteProtocolError("unexpected", f"{cls.__name__} is not expected here")
+    checks = cls.checks
+    if len(raw) != len(checks) + 1:
+        raise RemoteProtocolError(
+            "malformed", f"{cls.__name__} has {len(checks)} fields, and {len(raw) - 1} came"
+        )
+    for (name, check), value in zip(checks, raw[1:], strict=True):
+        if not check.accepts(value):
+            raise RemoteProtocolError("malformed", f"{cls.__name__}.{name} has to be {check.says}")
+    return cls(*raw[1:])

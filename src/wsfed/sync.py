@@ -1,0 +1,110 @@
+"""The blocking twin: the same workers and pointers, without ``await``.
+
+::
+
+    from wsfed import sync
+
+    with sync.connect("ws://127.0.0.1:8777") as bob:
+        x = bob.send(torch.ones(3))
+        print((x + 1).get())
+
+The event loop runs in a background thread, so this works in a notebook, whose own loop is busy.
+Operations are still pipelined: only what brings a value back waits.
+"""
+
+from __future__ import annotations
+
+import ssl as ssl_module
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from wsfed.client.background import background
+from wsfed.client.connection import Connection
+from wsfed.client.dataset import RemoteDataset
+from wsfed.client.virtual import VirtualWorker as _VirtualWorker
+from wsfed.client.worker import Worker as _Worker
+from wsfed.pointers.modules import copy, get, move, send
+from wsfed.pointers.pointer import Pointer
+from wsfed.transport.websocket import dial
+from wsfed.worker.datasets import Dataset
+
+__all__ = ["VirtualWorker", "Worker", "connect", "copy", "get", "move", "send"]
+
+
+class Worker(_Worker):
+    """A session on a worker; a context manager. Made by :func:`connect`."""
+
+    _counted = True
+
+    def close(self) -> None:
+        """End the session; the worker forgets its objects."""
+        try:
+            super().close()
+        finally:
+            if self._counted:
+                self._counted = False
+                background.release()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def connect(
+    url: str,
+    *,
+    id: str | None = None,
+    token: str | None = None,
+    ssl: ssl_module.SSLContext | None = None,
+    timeout: float = 10.0,
+    reconnect: float = 5.0,
+) -> Worker:
+    """Connect to a worker, and wait until it has answered.
+
+    Arguments and errors are those of :func:`wsfed.connect`.
+    """
+    loop = background.acquire()
+
+    async def open_worker() -> Worker:
+        connection = Connection(
+            url,
+            lambda: dial(url, ssl=ssl, timeout=timeout),
+            loop,
+            token=token,
+            blocking=True,
+            reconnect=reconnect,
+        )
+        worker = Worker(id or "", connection)
+        connection.start()
+        try:
+            await connection.opened
+        except BaseException:
+            await worker._end()
+            raise
+        return worker
+
+    try:
+        return background.run(loop, open_worker())
+    except BaseException:
+        background.release()
+        raise
+
+
+class VirtualWorker(_VirtualWorker):
+    """A blocking worker within this process, whether or not an event loop runs here."""
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        datasets: Iterable[Dataset] = (),
+        device: str | torch.device = "cpu",
+        max_memory: int | None = None,
+    ) -> None:
+        super().__init__(
+            id, datasets=datasets, device=device, max_memory=max_memory, blocking=True
+        )

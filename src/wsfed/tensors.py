@@ -1,0 +1,93 @@
+"""``torch.Tensor`` to wire form and back: the first layer that knows torch.
+
+What goes out is a contiguous copy of the logical view, never the storage behind it, made at once:
+the caller may change the tensor in the next line. What comes in is memory of torch's own, aligned
+to 64 bytes as torch aligns, because the matrix kernels promise equal bits only for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+from wsfed.errors import LocalProtocolError
+from wsfed.protocol.codec import ITEM_SIZES, Outgoing
+from wsfed.protocol.stream import Incoming
+
+__all__ = ["DTYPES", "DTYPE_NAMES", "allocate", "describe", "incoming", "outgoing", "snapshot"]
+
+#: torch's dtype by its name on the wire.
+DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {name: getattr(torch, name) for name in ITEM_SIZES}
+)
+#: The name on the wire by torch's dtype.
+DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
+    {dtype: name for name, dtype in DTYPES.items()}
+)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Dtype and shape as errors show them, such as ``float32[2, 3]``; never a value."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def allocate(nbytes: int) -> memoryview | None:
+    """Uninitialised memory for a tensor that will be overwritten whole; ``None`` if none is left."""
+    try:
+        return memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy())
+    except RuntimeError:  # what torch's allocator raises
+        return None
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    """An independent, contiguous copy in the machine's memory, outside autograd.
+
+    Raises:
+        LocalProtocolError: layout or dtype has no wire form (sparse, quantised, nested).
+    """
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise LocalProtocolError(
+            "unsendable", f"a {kind} tensor has no wire form; make it dense and strided first"
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        raise LocalProtocolError("unsendable", f"{tensor.dtype} has no wire form")
+    with torch.no_grad():
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return copy.copy_(tensor.detach())
+
+
+def outgoing(tensor: torch.Tensor) -> Outgoing:
+    """A snapshot of ``tensor``, ready to be sent.
+
+    Raises:
+        LocalProtocolError: the tensor has no wire form.
+    """
+    copy = snapshot(tensor)
+    name = DTYPE_NAMES[copy.dtype]
+    if copy.numel() == 0:
+        return Outgoing(name, tuple(copy.shape), memoryview(b""))
+    if copy.dtype.is_complex:
+        copy = torch.view_as_real(copy)
+    data = memoryview(copy.reshape(-1).view(torch.uint8).numpy())
+    return Outgoing(name, tuple(tensor.shape), data)
+
+
+def incoming(received: Incoming) -> torch.Tensor | None:
+    """The tensor that came, or ``None`` where there was no room for it."""
+    dtype = DTYPES[received.dtype]
+    if received.data is None:
+        return None
+    if received.nbytes == 0:
+        return torch.empty(received.shape, dtype=dtype)
+    data = received.data
+    if data.readonly:  # inside a message: copy it out, so that it is aligned and writable
+        memory = allocate(received.nbytes)
+        if memory is None:
+            return None
+        memory[:] = data
+        data = memory
+    return torch.frombuffer(data, dtype=dtype).view(received.shape)

@@ -1,0 +1,176 @@
+"""WebSockets: both ends of the wire that crosses machines."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl as ssl_module
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from websockets.asyncio.client import connect as open_websocket
+from websockets.asyncio.connection import Connection
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.http11 import Request, Response
+from websockets.typing import Subprotocol
+
+from wsfed.errors import RemoteProtocolError
+from wsfed.protocol import limits
+from wsfed.protocol.codec import Buffer
+from wsfed.transport.wire import SUBPROTOCOL, WireLost
+
+__all__ = ["WebSocketWire", "dial", "is_loopback", "listen"]
+
+#: Both ends. Compression is off: the noise in floats does not compress, and deflate triples the
+#: memory of a connection. The library's pings are off: the protocol has signs of life of its own,
+#: which a long upload counts as and does not suppress.
+_SETTINGS: Final[dict[str, Any]] = {
+    "compression": None,
+    "ping_interval": None,
+    "max_size": limits.MAX_FRAME_BYTES,
+    # Messages that wait to be read: two chunks keep the socket busy while one is copied.
+    "max_queue": 4,
+    # Bytes the transport buffers before a send waits: one chunk.
+    "write_limit": limits.CHUNK_BYTES,
+    # A peer that does not answer a close is left after this time.
+    "close_timeout": 2,
+}
+
+
+class WebSocketWire:
+    """A :class:`~wsfed.transport.wire.Wire` over one WebSocket."""
+
+    def __init__(self, socket: Connection) -> None:
+        self._socket = socket
+
+    async def send(self, message: Sequence[Buffer]) -> None:
+        """See :class:`~wsfed.transport.wire.Wire`."""
+        try:
+            await self._socket.send(message[0] if len(message) == 1 else b"".join(message))
+        except ConnectionClosed as error:
+            raise WireLost(_reason(error)) from None
+
+    async def receive(self) -> Buffer:
+        """See :class:`~wsfed.transport.wire.Wire`."""
+        try:
+            message = await self._socket.recv()
+        except ConnectionClosed as error:
+            if error.sent is not None and error.sent.code == 1009 and not error.rcvd_then_sent:
+                raise RemoteProtocolError("frame-size", "a message was too large") from None
+            raise WireLost(_reason(error)) from None
+        if isinstance(message, str):
+            raise RemoteProtocolError("text", "only binary messages are understood here")
+        return message
+
+    async def close(self, reason: str = "") -> None:
+        """See :class:`~wsfed.transport.wire.Wire`."""
+        await self._socket.close(reason=reason.encode()[:120].decode(errors="ignore"))
+
+
+def _reason(error: ConnectionClosed) -> str:
+    frame = error.rcvd or error.sent
+    if frame is None:
+        return "the connection broke"
+    return f"the connection was closed ({frame.reason or frame.code})"
+
+
+async def dial(
+    url: str, *, ssl: ssl_module.SSLContext | None = None, timeout: float = 10
+) -> WebSocketWire:
+    """Connect to a worker.
+
+    Args:
+        url: ``ws://host:port`` or ``wss://host:port``.
+        ssl: certificates to trust, for ``wss``.
+        timeout: seconds for the connection and the handshake of the WebSocket.
+
+    Raises:
+        WireLost: there is no worker, or it does not speak the protocol.
+        ValueError: the URL is not one of a WebSocket.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise ValueError(f"{url!r} is not the URL of a worker; write ws://host:port")
+    options: dict[str, Any] = {"ssl": ssl} if ssl is not None else {}
+    proxy: Literal[True] | None = None if is_loopback(parts.hostname) else True
+    try:
+        socket = await open_websocket(
+            url,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            open_timeout=timeout,
+            proxy=proxy,
+            **_SETTINGS,
+            **options,
+        )
+    except TimeoutError:
+        raise WireLost(f"nothing answered within {timeout:g} s") from None
+    except (OSError, WebSocketException, EOFError) as error:
+        raise WireLost(_refusal(error)) from None
+    if socket.subprotocol != SUBPROTOCOL:
+        await socket.close()
+        raise WireLost(f"the server there does not speak {SUBPROTOCOL}; is it a wsfed worker?")
+    return WebSocketWire(socket)
+
+
+def _refusal(error: Exception) -> str:
+    if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
+        return "the connection was refused; is a worker running there?"
+    return f"{type(error).__name__}: {error}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@asynccontextmanager
+async def listen(
+    serve_wire: Callable[[WebSocketWire], Awaitable[None]],
+    *,
+    host: str,
+    port: int,
+    ssl: ssl_module.SSLContext | None = None,
+    health: Callable[[], str] = lambda: "ok",
+) -> AsyncIterator[tuple[str, int]]:
+    """Accept connections while the context lasts; gives the address that is listened on.
+
+    Args:
+        serve_wire: called for each connection; the connection ends with it.
+        host: address to bind.
+        port: 0 takes a free one.
+        ssl: the worker's certificate.
+        health: what ``GET /healthz`` answers.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+
+    async def handle(socket: ServerConnection) -> None:
+        await serve_wire(WebSocketWire(socket))
+
+    def answer_http(socket: ServerConnection, request: Request) -> Response | None:
+        if request.path == "/healthz":
+            return socket.respond(200, health() + "\n")
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            return socket.respond(426, "This is a wsfed worker: connect with wsfed.connect(url).\n")
+        return None
+
+    server: Server
+    async with serve(
+        handle,
+        host,
+        port,
+        ssl=ssl,
+        subprotocols=[Subprotocol(SUBPROTOCOL)],
+        process_request=answer_http,
+        open_timeout=limits.HANDSHAKE_SECONDS,
+        server_header=None,
+        **_SETTINGS,
+    ) as server:
+        address = next(iter(server.sockets)).getsockname()
+        yield address[0], address[1]

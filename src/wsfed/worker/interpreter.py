@@ -1,0 +1,385 @@
+"""Runs the commands of one session against its store. Knows neither sockets nor threads.
+
+A command that fails never raises: its results are poisoned and a :class:`Reply` tells the client.
+A command that needs a poisoned object is passed over and poisons its own results with the same
+failure, so that the client hears of the first cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch.utils import _pytree as pytree
+
+from wsfed.errors import (
+    Cancelled,
+    DatasetError,
+    NotFound,
+    OpNotAllowed,
+    QuotaExceeded,
+    RemoteError,
+    RemoteProtocolError,
+)
+from wsfed.ops.arguments import decode
+from wsfed.ops.table import Op, lookup
+from wsfed.protocol import messages as m
+from wsfed.protocol.codec import Outgoing
+from wsfed.protocol.stream import Incoming
+from wsfed.tensors import DTYPE_NAMES, describe, incoming, outgoing
+from wsfed.worker.datasets import Dataset
+from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving
+from wsfed.worker.randomness import SessionRandom
+from wsfed.worker.store import Entry, Failure, Poisoned, Store, poison_of
+
+__all__ = ["Carry", "Interpreter", "Outcome", "Reply"]
+
+NO_GRAD: Final = 1
+INFERENCE: Final = 2
+
+#: A search tells of this many objects at most.
+_MOST_FOUND: Final = 1000
+#: Different operations that a session may name; the table has fewer.
+_MOST_NAMES: Final = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A message for the client, with the tensor it carries."""
+
+    message: m.Message
+    tensor: Outgoing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """Tensors to take to another worker; ``tensors`` holds requires_grad, value."""
+
+    request: int
+    url: str
+    ticket: bytes
+    names: Sequence[int]
+    tensors: Sequence[tuple[bool, Outgoing]]
+    at: tuple[int, int]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a run of commands; ``next`` is the first that has not run."""
+
+    next: int
+    replies: list[Reply] = field(default_factory=list)
+    carries: list[Carry] = field(default_factory=list)
+
+
+class Interpreter:
+    """The state of a session on the worker.
+
+    Args:
+        device: where tensors are kept and computed.
+        datasets: the owner's, by name.
+        max_bytes: memory that the session's tensors may take.
+        max_objects: identifiers that the session may bind.
+
+    Attributes:
+        store: the objects.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        datasets: Mapping[str, Dataset],
+        *,
+        max_bytes: int,
+        max_objects: int,
+    ) -> None:
+        self.store = Store(max_bytes, max_objects)
+        self._device, self._datasets = device, datasets
+        self._random = SessionRandom(device)
+        self._names: list[str] = []
+        self._at = (0, 0)
+
+    # --- running ---
+
+    def run(
+        self,
+        seq: int,
+        commands: Sequence[m.Message],
+        tensors: Sequence[Incoming],
+        start: int,
+        budget: int,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Run the commands of a frame from ``start`` on; the cancelled ones are passed over.
+
+        Stops early when the replies take more than ``budget`` bytes: what is not asked for
+        faster than the client reads it is not made.
+        """
+        outcome = Outcome(start)
+        with torch.set_grad_enabled(True):
+            for index in range(start, len(commands)):
+                self._at = (seq, index)
+                self._run_one(commands[index], tensors, outcome, cancelled())
+                outcome.next = index + 1
+                if outcome.replies and outcome.replies[-1].tensor is not None:
+                    budget -= len(outcome.replies[-1].tensor.data)
+                    if budget <= 0:
+                        break
+        return outcome
+
+    def _run_one(
+        self,
+        command: m.Message,
+        tensors: Sequence[Incoming],
+        outcome: Outcome,
+        cancelled: bool,
+    ) -> None:
+        name, seen = type(command).__name__.lower(), list[Entry]()
+        if isinstance(command, m.Execute):
+            name = self._name(command.op)
+        try:
+            if cancelled:
+                raise Cancelled("it was cancelled before it ran", op=name)
+            self._dispatch(command, name, seen, tensors, outcome)
+        except Poisoned as poisoned:
+            self._fail(command, poisoned.failure, outcome, first=False)
+        except Exception as error:
+            private = any(entry.labels for entry in seen)
+            if private and not isinstance(error, RemoteError | RemoteProtocolError):
+                error = RemoteError(CANNED, type=type(error).__name__)
+            shapes = [describe(e.value) for e in seen if isinstance(e.value, torch.Tensor)]
+            self._fail(command, poison_of(error, name, shapes, self._at), outcome, first=True)
+
+    def _fail(
+        self, command: m.Message, failure: Failure, outcome: Outcome, *, first: bool
+    ) -> None:
+        results = _results(command)
+        self.store.poison(results, failure)
+        request = getattr(command, "request", 0)
+        if request:
+            outcome.replies.append(
+                Reply(m.RequestFailed(request, failure.seq, failure.index, failure.wire()))
+            )
+        elif first:
+            outcome.replies.append(
+                Reply(m.Failed(failure.seq, failure.index, bool(results), failure.wire()))
+            )
+
+    def _dispatch(
+        self,
+        command: m.Message,
+        name: str,
+        seen: list[Entry],
+        tensors: Sequence[Incoming],
+        outcome: Outcome,
+    ) -> None:
+        match command:
+            case m.Execute():
+                self._execute(command, name, seen)
+            case m.Store():
+                self._store(command, tensors)
+            case m.Delete(ids):
+                self.store.delete(ids)
+            case m.Backward():
+                self._backward(command, seen)
+            case m.Get(request, id):
+                outcome.replies.append(self._get(request, id))
+            case m.Batch():
+                self._batch(command)
+            case m.Clone(id, copy):
+                self._clone(id, copy, seen)
+            case m.Flush(request):
+                outcome.replies.append(Reply(m.ValueReply(request, None)))
+            case m.Seed(seed):
+                self._random.seed(seed)
+            case m.Tag(id, tags, description):
+                self._tag(id, tags, description)
+            case m.Move():
+                outcome.carries.append(self._carry(command))
+            case m.Describe(request, id):
+                outcome.replies.append(Reply(m.ValueReply(request, self._describe(id))))
+            case m.Search(request, tags):
+                outcome.replies.append(Reply(m.ValueReply(request, self._search(tags))))
+            case m.OpenDataset(request, wanted):
+                found = self._dataset(wanted)
+                outcome.replies.append(Reply(m.ValueReply(request, _describe_dataset(found))))
+            case _:
+                raise AssertionError(f"{type(command).__name__} is not for an interpreter")
+
+    # --- the four of the mission ---
+
+    def _name(self, op: str | int) -> str:
+        """Operations are named once a session and numbered from then on."""
+        if isinstance(op, str):
+            if len(self._names) < _MOST_NAMES:
+                self._names.append(op)
+            return op
+        return self._names[op] if op < len(self._names) else f"#{op}"
+
+    def _store(self, command: m.Store, tensors: Sequence[Incoming]) -> None:
+        received = tensors[command.tensor]
+        self.store.check_room(received.nbytes)
+        tensor = incoming(received)
+        if tensor is None:
+            raise QuotaExceeded(f"there is no room for {received.nbytes:,} bytes")
+        tensor = tensor.to(self._device)
+        if command.requires_grad:
+            tensor.requires_grad_()
+        self.store.put(command.id, tensor)
+
+    def _execute(self, command: m.Execute, name: str, seen: list[Entry]) -> None:
+        op = lookup(name)
+        labels = NO_LABELS
+
+        def resolve(id: int) -> torch.Tensor:
+            nonlocal labels
+            entry = self.store.entry(id)
+            seen.append(entry)
+            labels |= entry.labels
+            return entry.value  # type: ignore[return-value]
+
+        args = [decode(value, resolve, self._device) for value in command.args]
+        kwargs = {
+            key: decode(value, resolve, self._device) for key, value in command.kwargs.items()
+        }
+        op.check(kwargs)
+        result = self._call(op, args, kwargs, command.mode)
+        self._bind(command.outs, result, labels if op.carries_rows else NO_LABELS)
+        if op.inplace and labels and args and isinstance(args[0], torch.Tensor):
+            self.store.label_storage(args[0], labels)
+
+    def _call(self, op: Op, args: list[Any], kwargs: dict[str, Any], mode: int) -> Any:
+        with contextlib.ExitStack() as stack:
+            if mode & INFERENCE:
+                stack.enter_context(torch.inference_mode())
+            elif mode & NO_GRAD:
+                stack.enter_context(torch.no_grad())
+            if op.random:
+                stack.enter_context(self._random.drawing())
+            return op.call(*args, **kwargs)
+
+    def _bind(self, outs: Sequence[int], result: Any, labels: Labels) -> None:
+        if isinstance(result, torch.Tensor):
+            leaves = [result]
+        else:
+            leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if len(leaves) != len(outs):
+            raise OpNotAllowed(f"it gave {len(leaves)} tensors where {len(outs)} were expected")
+        for id, leaf in zip(outs, leaves, strict=True):
+            self.store.put(id, leaf, labels)
+
+    def _backward(self, command: m.Backward, seen: list[Entry]) -> None:
+        def look(id: int) -> torch.Tensor:
+            entry = self.store.entry(id)
+            seen.append(entry)
+            return entry.value  # type: ignore[return-value]
+
+        gradients = command.gradients
+        torch.autograd.backward(
+            [look(id) for id in command.roots],
+            None if gradients is None else [look(id) if id else None for id in gradients],  # type: ignore[misc]
+            retain_graph=command.retain_graph,
+            create_graph=command.create_graph,
+            inputs=None if command.inputs is None else [look(id) for id in command.inputs],
+        )
+
+    def _get(self, request: int, id: int) -> Reply:
+        entry = self.store.entry(id)
+        check_leaving(entry.labels, "get")
+        tensor = self.store.tensor(id)
+        leaf = tensor.requires_grad and tensor.is_leaf
+        return Reply(m.TensorReply(request, 0, leaf), outgoing(tensor))
+
+    # --- the others ---
+
+    def _clone(self, id: int, copy: int, seen: list[Entry]) -> None:
+        entry = self.store.entry(id)
+        seen.append(entry)
+        tensor = self.store.tensor(id)
+        self.store.check_room(tensor.nbytes)
+        made = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        self.store.put(copy, made, entry.labels)
+
+    def _carry(self, command: m.Move) -> Carry:
+        tensors = []
+        for id in command.ids:
+            entry = self.store.entry(id)
+            check_leaving(entry.labels, "move")
+            tensor = self.store.tensor(id)
+            tensors.append((tensor.requires_grad, outgoing(tensor)))
+        if len(command.names) != len(command.ids):
+            raise RemoteError("a move names each object once")
+        return Carry(
+            command.request, command.url, command.ticket, command.names, tensors, self._at
+        )
+
+    def _tag(self, id: int, tags: list[str], description: str) -> None:
+        entry = self.store.entry(id)
+        entry.tags = list(dict.fromkeys([*entry.tags, *tags]))[: m.limits.MAX_TAGS]
+        entry.description = description or entry.description
+
+    def _describe(self, id: int) -> dict[str, Any]:
+        return _description(self.store.tensor(id), self.store.entry(id))
+
+    def _search(self, tags: list[str]) -> dict[str, Any]:
+        objects = [
+            {"id": id, **_description(tensor, entry)}
+            for id, entry, tensor in self.store.tagged(tags)
+        ]
+        named = [name for name in self._datasets if set(tags) <= {name, f"#{name}"}]
+        return {"objects": objects[:_MOST_FOUND], "datasets": named}
+
+    def _dataset(self, name: str) -> Dataset:
+        found = self._datasets.get(name)
+        if found is None:
+            known = ", ".join(sorted(map(repr, self._datasets))) or "none"
+            raise NotFound(f"there is no data set {name[:100]!r} on this worker; it has {known}")
+        return found
+
+    def _batch(self, command: m.Batch) -> None:
+        dataset = self._dataset(command.name)
+        try:
+            tensors = dataset.batch(command.seed, command.batch_size, command.index)
+        except IndexError as error:
+            raise DatasetError(command.name, str(error)) from None
+        labels = NO_LABELS if dataset.open else frozenset({dataset.name})
+        self._bind(command.outs, tuple(tensors), labels)
+
+
+def _results(command: m.Message) -> list[int]:
+    """The identifiers that a command would have bound."""
+    match command:
+        case m.Execute() | m.Batch():
+            return command.outs
+        case m.Store():
+            return [command.id]
+        case m.Clone():
+            return [command.copy]
+    return []
+
+
+def _description(tensor: torch.Tensor, entry: Entry) -> dict[str, Any]:
+    return {
+        "dtype": DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()) if tensor.layout is torch.strided else None,
+        "requires_grad": tensor.requires_grad,
+        "is_leaf": tensor.is_leaf,
+        "tags": entry.tags,
+        "description": entry.description,
+    }
+
+
+def _describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "rows": dataset.rows,
+        "open": dataset.open,
+        "fields": [
+            [name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]
+            for name, tensor in dataset.fields.items()
+        ],
+    }

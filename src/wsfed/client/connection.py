@@ -281,6 +281,15 @@ class Connection(Link):
         to._alive()
         self.spawn(transfer(self, ids, to, new_ids))
 
+    def settle(self, asked: Awaitable[Any]) -> Any:
+        """An awaitable as it is, or in the blocking world its result."""
+        return self.run(_result(asked)) if self.blocking else asked
+
+    @property
+    def link(self) -> Connection:
+        """This is the session; a worker's handle has the same name for it."""
+        return self
+
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Start ``work``: an awaitable, or in the blocking world its result."""
         if not self.blocking:
@@ -425,3 +434,7 @@ class Connection(Link):
             future.set_exception(error)
         else:
             future.set_result(value)
+
+
+async def _result(asked: Awaitable[Any]) -> Any:
+    return await asked

@@ -44,6 +44,11 @@ class Worker:
         return self._id or str(self._connection.info.get("id", ""))
 
     @property
+    def link(self) -> Connection:
+        """The session behind this handle."""
+        return self._connection
+
+    @property
     def url(self) -> str:
         """Where it is."""
         return self._connection.url

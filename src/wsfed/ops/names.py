@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 __all__ = ["NAMES", "RANDOM", "ROWS"]
@@ -18,16 +19,17 @@ _TORCH_NN_FUNCTIONAL: Final = """
     cross_entropy ctc_loss dropout dropout1d dropout2d dropout3d elu embedding embedding_bag
     feature_alpha_dropout fold fractional_max_pool2d fractional_max_pool2d_with_indices
     fractional_max_pool3d fractional_max_pool3d_with_indices gaussian_nll_loss gelu glu
-    grid_sample group_norm gumbel_softmax hardshrink hardtanh hinge_embedding_loss huber_loss
-    instance_norm interpolate kl_div l1_loss layer_norm leaky_relu linear linear_cross_entropy
-    local_response_norm log_softmax logsigmoid lp_pool1d lp_pool2d lp_pool3d margin_ranking_loss
-    max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d
-    max_pool3d_with_indices max_unpool1d max_unpool2d max_unpool3d mish mse_loss
-    multi_head_attention_forward multi_margin_loss multilabel_margin_loss
-    multilabel_soft_margin_loss native_channel_shuffle nll_loss normalize one_hot pad
-    pairwise_distance pdist pixel_shuffle pixel_unshuffle poisson_nll_loss prelu relu relu6
-    rms_norm rrelu scaled_dot_product_attention selu silu smooth_l1_loss soft_margin_loss
-    softmax softmin softplus softshrink softsign tanhshrink threshold triplet_margin_loss unfold
+    grid_sample group_norm gumbel_softmax hardshrink hardsigmoid hardswish hardtanh
+    hinge_embedding_loss huber_loss instance_norm interpolate kl_div l1_loss layer_norm
+    leaky_relu linear linear_cross_entropy local_response_norm log_softmax logsigmoid lp_pool1d
+    lp_pool2d lp_pool3d margin_ranking_loss max_pool1d max_pool1d_with_indices max_pool2d
+    max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool1d max_unpool2d
+    max_unpool3d mish mse_loss multi_head_attention_forward multi_margin_loss
+    multilabel_margin_loss multilabel_soft_margin_loss native_channel_shuffle nll_loss normalize
+    one_hot pad pairwise_distance pdist pixel_shuffle pixel_unshuffle poisson_nll_loss prelu
+    relu relu6 rms_norm rrelu scaled_dot_product_attention selu sigmoid silu smooth_l1_loss
+    soft_margin_loss softmax softmin softplus softshrink softsign tanh tanhshrink threshold
+    triplet_margin_loss unfold upsample upsample_bilinear upsample_nearest
 """
 
 #: In ``torch.Tensor``.
@@ -66,21 +68,21 @@ _TORCH_TENSOR: Final = """
     mT.__get__ masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select matmul
     matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis movedim msort
     mul mul_ multinomial multiply multiply_ mv mvlgamma mvlgamma_ nan_to_num nan_to_num_ nanmean
-    nanmedian nanquantile nansum narrow narrow_copy ne ne_ neg neg_ negative negative_ nextafter
-    nextafter_ nonzero norm normal_ not_equal not_equal_ orgqr ormqr outer permute pinverse
-    polygamma polygamma_ positive pow pow_ prelu prod put put_ qr quantile rad2deg rad2deg_
-    random_ ravel real.__get__ real.__set__ reciprocal reciprocal_ relu relu_ remainder
-    remainder_ renorm renorm_ repeat repeat_interleave requires_grad.__set__ requires_grad_
-    reshape reshape_as resolve_conj resolve_neg retain_grad roll rot90 round round_ rsqrt rsqrt_
-    scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ select
-    select_scatter sgn sgn_ short sigmoid sigmoid_ sign sign_ signbit sin sin_ sinc sinc_ sinh
-    sinh_ slice_scatter slogdet softmax sort split split_with_sizes sqrt sqrt_ square square_
-    squeeze squeeze_ std stft sub sub_ subtract subtract_ sum sum_to_size svd swapaxes swapaxes_
-    swapdims swapdims_ t t_ take take_along_dim tan tan_ tanh tanh_ tensor_split tile to topk
-    trace transpose transpose_ triangular_solve tril tril_ triu triu_ true_divide true_divide_
-    trunc trunc_ type type_as unbind unfold uniform_ unique unique_consecutive unsafe_chunk
-    unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_ var vdot view view_as vsplit where
-    xlogy xlogy_ zero_
+    nanmedian nanquantile nansum narrow narrow_copy ne ne_ neg neg_ negative negative_ new_full
+    new_ones new_tensor new_zeros nextafter nextafter_ nonzero norm normal_ not_equal not_equal_
+    orgqr ormqr outer permute pinverse polygamma polygamma_ positive pow pow_ prelu prod put
+    put_ qr quantile rad2deg rad2deg_ random_ ravel real.__get__ real.__set__ reciprocal
+    reciprocal_ relu relu_ remainder remainder_ renorm renorm_ repeat repeat_interleave
+    requires_grad.__set__ requires_grad_ reshape reshape_as resolve_conj resolve_neg retain_grad
+    roll rot90 round round_ rsqrt rsqrt_ scatter scatter_ scatter_add scatter_add_
+    scatter_reduce scatter_reduce_ select select_scatter sgn sgn_ short sigmoid sigmoid_ sign
+    sign_ signbit sin sin_ sinc sinc_ sinh sinh_ slice_scatter slogdet softmax sort split
+    split_with_sizes sqrt sqrt_ square square_ squeeze squeeze_ std stft sub sub_ subtract
+    subtract_ sum sum_to_size svd swapaxes swapaxes_ swapdims swapdims_ t t_ take take_along_dim
+    tan tan_ tanh tanh_ tensor_split tile to topk trace transpose transpose_ triangular_solve
+    tril tril_ triu triu_ true_divide true_divide_ trunc trunc_ type type_as unbind unflatten
+    unfold uniform_ unique unique_consecutive unsafe_chunk unsafe_split unsafe_split_with_sizes
+    unsqueeze unsqueeze_ var vdot view view_as vsplit where xlogy xlogy_ zero_
 """
 
 #: In ``torch.linalg``.
@@ -117,61 +119,84 @@ _TORCH_FUNCTIONAL: Final = """
     unique unique_consecutive unravel_index
 """
 
+#: In ``torch.autograd``.
+_TORCH_AUTOGRAD: Final = """
+    grad
+"""
+
+#: In ``torch._C._nn``.
+_TORCH__C__NN: Final = """
+    pad_sequence
+"""
+
 #: In ``torch``.
 _TORCH: Final = """
-    abs absolute acos acosh adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr
-    adjoint affine_grid_generator alias_copy all alpha_dropout amax amin aminmax angle any
-    arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin
-    asinh atan atan2 atanh baddbmm batch_norm bernoulli binary_cross_entropy_with_logits
-    bincount binomial bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
-    bitwise_xor bmm broadcast_to bucketize cat ceil celu cholesky cholesky_inverse
-    cholesky_solve chunk clamp clamp_max clamp_min clip clone column_stack combinations complex
-    concat concatenate conj conj_physical constant_pad_nd convolution copysign corrcoef cos cosh
-    cosine_embedding_loss count_nonzero cov cross ctc_loss cummax cummin cumprod cumsum
-    cumulative_trapezoid deg2rad det detach detach_copy diag diag_embed diagflat diagonal
-    diagonal_copy diagonal_scatter diff digamma dist div divide dot dropout dsplit dstack
-    embedding embedding_bag eq erf erfc erfinv exp exp2 expand_copy expm1 feature_alpha_dropout
-    feature_dropout fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod
-    frac frexp frobenius_norm full_like gather gcd ge geqrf ger gradient greater greater_equal
-    grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt heaviside
-    hinge_embedding_loss histc histogram histogramdd hsplit hstack hypot i0 igamma igammac imag
-    index_add index_copy index_fill index_put index_reduce index_select inner instance_norm
-    inverse isclose isfinite isin isinf isnan isneginf isposinf isreal kl_div kron kthvalue
-    layer_norm lcm ldexp le lerp less less_equal lgamma lobpcg log log10 log1p log2 log_softmax
-    logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor
-    logit logsumexp lstm lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill
-    masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d
-    max_pool1d_with_indices max_pool2d max_pool3d maximum mean median min minimum mode moveaxis
-    movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile
-    nansum narrow narrow_copy native_batch_norm native_dropout native_group_norm
-    native_layer_norm native_norm ne neg negative nextafter nonzero norm_except_dim not_equal
-    nuclear_norm ones_like orgqr ormqr outer permute permute_copy pinverse poisson
-    poisson_nll_loss polar polygamma positive pow prod put qr quantile rad2deg ravel real
-    reciprocal relu remainder renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm
-    rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round row_stack rrelu rsqrt rsub
-    scatter scatter_add scatter_reduce searchsorted select select_copy select_scatter selu sgn
-    sigmoid sign signbit sin sinc sinh slice_copy slice_scatter slogdet softmax sort split_copy
-    split_with_sizes split_with_sizes_copy sqrt square squeeze squeeze_copy stack std std_mean
-    sub subtract sum svd swapaxes swapdims t t_copy take take_along_dim tan tanh tensor_split
-    threshold tile topk trace transpose transpose_copy trapezoid trapz triangular_solve tril
-    triplet_margin_loss triu true_divide trunc unbind unbind_copy unflatten unfold_copy
-    unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy var var_mean vdot
-    view_as_complex view_as_complex_copy view_as_real view_as_real_copy view_copy vsplit vstack
-    where xlogy zeros_like
+    _foreach_abs _foreach_acos _foreach_add _foreach_addcdiv _foreach_addcmul _foreach_asin
+    _foreach_atan _foreach_ceil _foreach_clamp_max _foreach_clamp_min _foreach_clone
+    _foreach_cos _foreach_cosh _foreach_div _foreach_erf _foreach_erfc _foreach_exp
+    _foreach_expm1 _foreach_floor _foreach_frac _foreach_lerp _foreach_lgamma _foreach_log
+    _foreach_log10 _foreach_log1p _foreach_log2 _foreach_max _foreach_maximum _foreach_minimum
+    _foreach_mm _foreach_mul _foreach_neg _foreach_norm _foreach_pow _foreach_powsum
+    _foreach_reciprocal _foreach_round _foreach_rsqrt _foreach_sigmoid _foreach_sign
+    _foreach_sin _foreach_sinh _foreach_sqrt _foreach_sub _foreach_tan _foreach_tanh
+    _foreach_trunc _pack_padded_sequence _pad_packed_sequence _weight_norm abs absolute acos
+    acosh adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint
+    affine_grid_generator alias_copy all alpha_dropout amax amin aminmax angle any arccos
+    arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan
+    atan2 atanh baddbmm batch_norm bernoulli binary_cross_entropy_with_logits bincount binomial
+    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
+    broadcast_to bucketize cat ceil celu cholesky cholesky_inverse cholesky_solve chunk clamp
+    clamp_max clamp_min clip clone column_stack combinations complex concat concatenate conj
+    conj_physical constant_pad_nd convolution copysign corrcoef cos cosh cosine_embedding_loss
+    count_nonzero cov cross ctc_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad
+    det detach detach_copy diag diag_embed diagflat diagonal diagonal_copy diagonal_scatter diff
+    digamma dist div divide dot dropout dsplit dstack embedding embedding_bag eq erf erfc erfinv
+    exp exp2 expand_copy expm1 feature_alpha_dropout feature_dropout fill fix flatten flip
+    fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp frobenius_norm
+    full_like gather gcd ge geqrf ger gradient greater greater_equal grid_sampler
+    grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt heaviside hinge_embedding_loss
+    histc histogram histogramdd hsplit hstack hypot i0 igamma igammac imag index_add index_copy
+    index_fill index_put index_reduce index_select inner instance_norm inverse isclose isfinite
+    isin isinf isnan isneginf isposinf isreal kl_div kron kthvalue layer_norm lcm ldexp le lerp
+    less less_equal lgamma lobpcg log log10 log1p log2 log_softmax logaddexp logaddexp2
+    logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm
+    lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill masked_scatter masked_select
+    matmul matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool3d
+    maximum mean median min minimum mode moveaxis movedim msort mul multinomial multiply mv
+    mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow narrow_copy native_dropout
+    native_group_norm native_layer_norm native_norm ne neg negative nextafter nonzero
+    norm_except_dim normal not_equal nuclear_norm ones_like orgqr ormqr outer permute
+    permute_copy pinverse poisson poisson_nll_loss polar polygamma positive pow prod put qr
+    quantile rad2deg rand_like randint_like randn_like ravel real reciprocal relu remainder
+    renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell
+    rnn_tanh rnn_tanh_cell roll rot90 round row_stack rrelu rsqrt rsub scatter scatter_add
+    scatter_reduce searchsorted select select_copy select_scatter selu sgn sigmoid sign signbit
+    sin sinc sinh slice_copy slice_scatter slogdet softmax sort split_copy split_with_sizes
+    split_with_sizes_copy sqrt square squeeze squeeze_copy stack std std_mean sub subtract sum
+    svd swapaxes swapdims t t_copy take take_along_dim tan tanh tensor_split threshold tile topk
+    trace transpose transpose_copy trapezoid trapz triangular_solve tril triplet_margin_loss
+    triu true_divide trunc unbind unbind_copy unflatten unfold_copy unsafe_chunk unsafe_split
+    unsafe_split_with_sizes unsqueeze unsqueeze_copy vander var var_mean vdot view_as_complex
+    view_as_complex_copy view_as_real view_as_real_copy view_copy vsplit vstack where xlogy
+    zeros_like
 """
 
 #: Names by the place they are found in.
-NAMES: Final[Mapping[str, str]] = {
-    "torch.nn.functional": _TORCH_NN_FUNCTIONAL,
-    "torch.Tensor": _TORCH_TENSOR,
-    "torch.linalg": _TORCH_LINALG,
-    "torch.fft": _TORCH_FFT,
-    "torch.special": _TORCH_SPECIAL,
-    "torch.functional": _TORCH_FUNCTIONAL,
-    "torch": _TORCH,
-}
+NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "torch.nn.functional": _TORCH_NN_FUNCTIONAL,
+        "torch.Tensor": _TORCH_TENSOR,
+        "torch.linalg": _TORCH_LINALG,
+        "torch.fft": _TORCH_FFT,
+        "torch.special": _TORCH_SPECIAL,
+        "torch.functional": _TORCH_FUNCTIONAL,
+        "torch.autograd": _TORCH_AUTOGRAD,
+        "torch._C._nn": _TORCH__C__NN,
+        "torch": _TORCH,
+    }
+)
 
-#: Wire names of what draws random numbers.
+#: What draws random numbers.
 RANDOM: Final = """
     torch.Tensor.bernoulli torch.Tensor.bernoulli_ torch.Tensor.cauchy_
     torch.Tensor.exponential_ torch.Tensor.geometric_ torch.Tensor.log_normal_
@@ -186,23 +211,25 @@ RANDOM: Final = """
     torch.nn.functional.fractional_max_pool3d
     torch.nn.functional.fractional_max_pool3d_with_indices torch.nn.functional.gumbel_softmax
     torch.nn.functional.multi_head_attention_forward torch.nn.functional.rrelu
-    torch.nn.functional.scaled_dot_product_attention torch.poisson torch.rnn_relu torch.rnn_tanh
-    torch.rrelu
+    torch.nn.functional.scaled_dot_product_attention torch.normal torch.poisson torch.rand_like
+    torch.randint_like torch.randn_like torch.rnn_relu torch.rnn_tanh torch.rrelu
 """
 
-#: Wire names of what gives back rows of its arguments.
+#: What gives back rows of its arguments.
 ROWS: Final = """
     torch.Tensor.H.__get__ torch.Tensor.T.__get__ torch.Tensor.__add__ torch.Tensor.__and__
     torch.Tensor.__div__ torch.Tensor.__eq__ torch.Tensor.__ge__ torch.Tensor.__getitem__
-    torch.Tensor.__gt__ torch.Tensor.__iadd__ torch.Tensor.__iand__ torch.Tensor.__imod__
-    torch.Tensor.__imul__ torch.Tensor.__invert__ torch.Tensor.__ior__ torch.Tensor.__ipow__
-    torch.Tensor.__isub__ torch.Tensor.__itruediv__ torch.Tensor.__ixor__ torch.Tensor.__le__
+    torch.Tensor.__gt__ torch.Tensor.__iadd__ torch.Tensor.__iand__ torch.Tensor.__ilshift__
+    torch.Tensor.__imod__ torch.Tensor.__imul__ torch.Tensor.__invert__ torch.Tensor.__ior__
+    torch.Tensor.__ipow__ torch.Tensor.__irshift__ torch.Tensor.__isub__
+    torch.Tensor.__itruediv__ torch.Tensor.__ixor__ torch.Tensor.__le__ torch.Tensor.__lshift__
     torch.Tensor.__lt__ torch.Tensor.__mod__ torch.Tensor.__mul__ torch.Tensor.__ne__
     torch.Tensor.__or__ torch.Tensor.__pow__ torch.Tensor.__radd__ torch.Tensor.__rand__
-    torch.Tensor.__rmod__ torch.Tensor.__rmul__ torch.Tensor.__ror__ torch.Tensor.__rpow__
-    torch.Tensor.__rsub__ torch.Tensor.__rtruediv__ torch.Tensor.__rxor__
-    torch.Tensor.__setitem__ torch.Tensor.__sub__ torch.Tensor.__truediv__ torch.Tensor.__xor__
-    torch.Tensor.abs torch.Tensor.abs_ torch.Tensor.acos torch.Tensor.acos_ torch.Tensor.acosh
+    torch.Tensor.__rlshift__ torch.Tensor.__rmod__ torch.Tensor.__rmul__ torch.Tensor.__ror__
+    torch.Tensor.__rpow__ torch.Tensor.__rrshift__ torch.Tensor.__rshift__ torch.Tensor.__rsub__
+    torch.Tensor.__rtruediv__ torch.Tensor.__rxor__ torch.Tensor.__setitem__
+    torch.Tensor.__sub__ torch.Tensor.__truediv__ torch.Tensor.__xor__ torch.Tensor.abs
+    torch.Tensor.abs_ torch.Tensor.acos torch.Tensor.acos_ torch.Tensor.acosh
     torch.Tensor.acosh_ torch.Tensor.add torch.Tensor.add_ torch.Tensor.addcdiv
     torch.Tensor.addcdiv_ torch.Tensor.addcmul torch.Tensor.addcmul_ torch.Tensor.adjoint
     torch.Tensor.amax torch.Tensor.amin torch.Tensor.aminmax torch.Tensor.angle
@@ -231,15 +258,16 @@ ROWS: Final = """
     torch.Tensor.eq_ torch.Tensor.erf torch.Tensor.erf_ torch.Tensor.erfc torch.Tensor.erfc_
     torch.Tensor.erfinv torch.Tensor.erfinv_ torch.Tensor.exp torch.Tensor.exp2
     torch.Tensor.exp2_ torch.Tensor.exp_ torch.Tensor.expand torch.Tensor.expand_as
-    torch.Tensor.expm1 torch.Tensor.expm1_ torch.Tensor.flatten torch.Tensor.flip
-    torch.Tensor.fliplr torch.Tensor.flipud torch.Tensor.float torch.Tensor.float_power
-    torch.Tensor.float_power_ torch.Tensor.floor torch.Tensor.floor_ torch.Tensor.fmax
-    torch.Tensor.fmin torch.Tensor.fmod torch.Tensor.fmod_ torch.Tensor.frac torch.Tensor.frac_
-    torch.Tensor.frexp torch.Tensor.gather torch.Tensor.gcd torch.Tensor.gcd_ torch.Tensor.ge
-    torch.Tensor.ge_ torch.Tensor.ger torch.Tensor.grad.__get__ torch.Tensor.grad.__set__
-    torch.Tensor.gt torch.Tensor.gt_ torch.Tensor.half torch.Tensor.hardshrink
-    torch.Tensor.heaviside torch.Tensor.heaviside_ torch.Tensor.histc torch.Tensor.hsplit
-    torch.Tensor.hypot torch.Tensor.hypot_ torch.Tensor.i0 torch.Tensor.i0_ torch.Tensor.igamma
+    torch.Tensor.expm1 torch.Tensor.expm1_ torch.Tensor.fill_ torch.Tensor.fill_diagonal_
+    torch.Tensor.flatten torch.Tensor.flip torch.Tensor.fliplr torch.Tensor.flipud
+    torch.Tensor.float torch.Tensor.float_power torch.Tensor.float_power_ torch.Tensor.floor
+    torch.Tensor.floor_ torch.Tensor.fmax torch.Tensor.fmin torch.Tensor.fmod torch.Tensor.fmod_
+    torch.Tensor.frac torch.Tensor.frac_ torch.Tensor.frexp torch.Tensor.gather torch.Tensor.gcd
+    torch.Tensor.gcd_ torch.Tensor.ge torch.Tensor.ge_ torch.Tensor.ger
+    torch.Tensor.grad.__get__ torch.Tensor.grad.__set__ torch.Tensor.gt torch.Tensor.gt_
+    torch.Tensor.half torch.Tensor.hardshrink torch.Tensor.heaviside torch.Tensor.heaviside_
+    torch.Tensor.histc torch.Tensor.histogram torch.Tensor.hsplit torch.Tensor.hypot
+    torch.Tensor.hypot_ torch.Tensor.i0 torch.Tensor.i0_ torch.Tensor.igamma
     torch.Tensor.igamma_ torch.Tensor.igammac torch.Tensor.igammac_ torch.Tensor.imag.__get__
     torch.Tensor.imag.__set__ torch.Tensor.index torch.Tensor.index_add torch.Tensor.index_add_
     torch.Tensor.index_copy torch.Tensor.index_copy_ torch.Tensor.index_fill
@@ -264,108 +292,138 @@ ROWS: Final = """
     torch.Tensor.mvlgamma torch.Tensor.mvlgamma_ torch.Tensor.nan_to_num
     torch.Tensor.nan_to_num_ torch.Tensor.nanmedian torch.Tensor.nanquantile torch.Tensor.narrow
     torch.Tensor.narrow_copy torch.Tensor.ne torch.Tensor.ne_ torch.Tensor.neg torch.Tensor.neg_
-    torch.Tensor.nextafter torch.Tensor.nextafter_ torch.Tensor.nonzero torch.Tensor.outer
-    torch.Tensor.permute torch.Tensor.polygamma torch.Tensor.polygamma_ torch.Tensor.positive
-    torch.Tensor.pow torch.Tensor.pow_ torch.Tensor.put torch.Tensor.put_ torch.Tensor.quantile
-    torch.Tensor.rad2deg torch.Tensor.rad2deg_ torch.Tensor.ravel torch.Tensor.real.__get__
-    torch.Tensor.real.__set__ torch.Tensor.reciprocal torch.Tensor.reciprocal_ torch.Tensor.relu
-    torch.Tensor.relu_ torch.Tensor.remainder torch.Tensor.remainder_ torch.Tensor.repeat
-    torch.Tensor.repeat_interleave torch.Tensor.requires_grad.__set__ torch.Tensor.reshape
-    torch.Tensor.reshape_as torch.Tensor.resolve_conj torch.Tensor.resolve_neg torch.Tensor.roll
-    torch.Tensor.rot90 torch.Tensor.round torch.Tensor.round_ torch.Tensor.rsqrt
-    torch.Tensor.rsqrt_ torch.Tensor.scatter torch.Tensor.scatter_ torch.Tensor.scatter_add
-    torch.Tensor.scatter_add_ torch.Tensor.scatter_reduce torch.Tensor.scatter_reduce_
-    torch.Tensor.select torch.Tensor.select_scatter torch.Tensor.sgn torch.Tensor.sgn_
-    torch.Tensor.short torch.Tensor.sigmoid torch.Tensor.sigmoid_ torch.Tensor.sign
-    torch.Tensor.sign_ torch.Tensor.signbit torch.Tensor.sin torch.Tensor.sin_ torch.Tensor.sinc
-    torch.Tensor.sinc_ torch.Tensor.sinh torch.Tensor.sinh_ torch.Tensor.slice_scatter
-    torch.Tensor.softmax torch.Tensor.sort torch.Tensor.split torch.Tensor.split_with_sizes
-    torch.Tensor.sqrt torch.Tensor.sqrt_ torch.Tensor.square torch.Tensor.square_
-    torch.Tensor.squeeze torch.Tensor.squeeze_ torch.Tensor.sub torch.Tensor.sub_
-    torch.Tensor.swapaxes torch.Tensor.swapaxes_ torch.Tensor.swapdims torch.Tensor.swapdims_
-    torch.Tensor.t torch.Tensor.t_ torch.Tensor.take torch.Tensor.take_along_dim
-    torch.Tensor.tan torch.Tensor.tan_ torch.Tensor.tanh torch.Tensor.tanh_
-    torch.Tensor.tensor_split torch.Tensor.tile torch.Tensor.to torch.Tensor.topk
-    torch.Tensor.transpose torch.Tensor.transpose_ torch.Tensor.tril torch.Tensor.tril_
-    torch.Tensor.triu torch.Tensor.triu_ torch.Tensor.true_divide torch.Tensor.true_divide_
-    torch.Tensor.trunc torch.Tensor.trunc_ torch.Tensor.type torch.Tensor.type_as
-    torch.Tensor.unbind torch.Tensor.unfold torch.Tensor.unique torch.Tensor.unique_consecutive
-    torch.Tensor.unsafe_chunk torch.Tensor.unsafe_split torch.Tensor.unsafe_split_with_sizes
-    torch.Tensor.unsqueeze torch.Tensor.unsqueeze_ torch.Tensor.view torch.Tensor.view_as
-    torch.Tensor.vsplit torch.Tensor.where torch.Tensor.xlogy torch.Tensor.xlogy_
-    torch.Tensor.zero_ torch.abs torch.acos torch.acosh torch.adaptive_max_pool1d torch.add
-    torch.addcdiv torch.addcmul torch.adjoint torch.alias_copy torch.alpha_dropout torch.amax
-    torch.amin torch.aminmax torch.angle torch.argsort torch.argwhere torch.asin torch.asinh
-    torch.atan torch.atan2 torch.atanh torch.bincount torch.bitwise_and torch.bitwise_left_shift
-    torch.bitwise_not torch.bitwise_or torch.bitwise_right_shift torch.bitwise_xor
-    torch.broadcast_to torch.cat torch.ceil torch.celu torch.chunk torch.clamp torch.clamp_max
-    torch.clamp_min torch.clip torch.clone torch.column_stack torch.combinations torch.complex
-    torch.concat torch.concatenate torch.conj torch.conj_physical torch.constant_pad_nd
-    torch.copysign torch.cos torch.cosh torch.cross torch.cummax torch.cummin torch.cumprod
-    torch.cumsum torch.cumulative_trapezoid torch.deg2rad torch.detach torch.detach_copy
-    torch.diag torch.diag_embed torch.diagflat torch.diagonal torch.diagonal_scatter torch.diff
-    torch.digamma torch.div torch.dropout torch.dsplit torch.dstack torch.embedding torch.eq
-    torch.erf torch.erfc torch.erfinv torch.exp torch.exp2 torch.expm1
-    torch.feature_alpha_dropout torch.feature_dropout torch.fft.fft torch.fft.fft2
-    torch.fft.fftn torch.fft.fftshift torch.fft.hfft torch.fft.hfft2 torch.fft.hfftn
-    torch.fft.ifft torch.fft.ifft2 torch.fft.ifftn torch.fft.ifftshift torch.fft.ihfft
-    torch.fft.ihfft2 torch.fft.ihfftn torch.fft.irfft torch.fft.irfft2 torch.fft.irfftn
-    torch.fft.rfft torch.fft.rfft2 torch.fft.rfftn torch.flatten torch.flip torch.fliplr
-    torch.flipud torch.float_power torch.floor torch.fmax torch.fmin torch.fmod torch.frac
-    torch.frexp torch.functional.atleast_1d torch.functional.atleast_2d
-    torch.functional.atleast_3d torch.functional.block_diag torch.functional.broadcast_tensors
-    torch.functional.cartesian_prod torch.functional.meshgrid torch.functional.split
-    torch.functional.unique torch.functional.unique_consecutive torch.gather torch.gcd torch.ge
-    torch.ger torch.gradient torch.gt torch.heaviside torch.histc torch.hsplit torch.hstack
+    torch.Tensor.new_full torch.Tensor.new_tensor torch.Tensor.nextafter torch.Tensor.nextafter_
+    torch.Tensor.nonzero torch.Tensor.outer torch.Tensor.permute torch.Tensor.polygamma
+    torch.Tensor.polygamma_ torch.Tensor.positive torch.Tensor.pow torch.Tensor.pow_
+    torch.Tensor.put torch.Tensor.put_ torch.Tensor.quantile torch.Tensor.rad2deg
+    torch.Tensor.rad2deg_ torch.Tensor.ravel torch.Tensor.real.__get__ torch.Tensor.real.__set__
+    torch.Tensor.reciprocal torch.Tensor.reciprocal_ torch.Tensor.relu torch.Tensor.relu_
+    torch.Tensor.remainder torch.Tensor.remainder_ torch.Tensor.renorm torch.Tensor.renorm_
+    torch.Tensor.repeat torch.Tensor.repeat_interleave torch.Tensor.requires_grad.__set__
+    torch.Tensor.reshape torch.Tensor.reshape_as torch.Tensor.resolve_conj
+    torch.Tensor.resolve_neg torch.Tensor.roll torch.Tensor.rot90 torch.Tensor.round
+    torch.Tensor.round_ torch.Tensor.rsqrt torch.Tensor.rsqrt_ torch.Tensor.scatter
+    torch.Tensor.scatter_ torch.Tensor.scatter_add torch.Tensor.scatter_add_
+    torch.Tensor.scatter_reduce torch.Tensor.scatter_reduce_ torch.Tensor.select
+    torch.Tensor.select_scatter torch.Tensor.sgn torch.Tensor.sgn_ torch.Tensor.short
+    torch.Tensor.sigmoid torch.Tensor.sigmoid_ torch.Tensor.sign torch.Tensor.sign_
+    torch.Tensor.signbit torch.Tensor.sin torch.Tensor.sin_ torch.Tensor.sinc torch.Tensor.sinc_
+    torch.Tensor.sinh torch.Tensor.sinh_ torch.Tensor.slice_scatter torch.Tensor.softmax
+    torch.Tensor.sort torch.Tensor.split torch.Tensor.split_with_sizes torch.Tensor.sqrt
+    torch.Tensor.sqrt_ torch.Tensor.square torch.Tensor.square_ torch.Tensor.squeeze
+    torch.Tensor.squeeze_ torch.Tensor.sub torch.Tensor.sub_ torch.Tensor.swapaxes
+    torch.Tensor.swapaxes_ torch.Tensor.swapdims torch.Tensor.swapdims_ torch.Tensor.t
+    torch.Tensor.t_ torch.Tensor.take torch.Tensor.take_along_dim torch.Tensor.tan
+    torch.Tensor.tan_ torch.Tensor.tanh torch.Tensor.tanh_ torch.Tensor.tensor_split
+    torch.Tensor.tile torch.Tensor.to torch.Tensor.topk torch.Tensor.transpose
+    torch.Tensor.transpose_ torch.Tensor.tril torch.Tensor.tril_ torch.Tensor.triu
+    torch.Tensor.triu_ torch.Tensor.true_divide torch.Tensor.true_divide_ torch.Tensor.trunc
+    torch.Tensor.trunc_ torch.Tensor.type torch.Tensor.type_as torch.Tensor.unbind
+    torch.Tensor.unflatten torch.Tensor.unfold torch.Tensor.unique
+    torch.Tensor.unique_consecutive torch.Tensor.unsafe_chunk torch.Tensor.unsafe_split
+    torch.Tensor.unsafe_split_with_sizes torch.Tensor.unsqueeze torch.Tensor.unsqueeze_
+    torch.Tensor.view torch.Tensor.view_as torch.Tensor.vsplit torch.Tensor.where
+    torch.Tensor.xlogy torch.Tensor.xlogy_ torch.Tensor.zero_ torch._C._nn.pad_sequence
+    torch._foreach_abs torch._foreach_acos torch._foreach_add torch._foreach_addcdiv
+    torch._foreach_addcmul torch._foreach_asin torch._foreach_atan torch._foreach_ceil
+    torch._foreach_clamp_max torch._foreach_clamp_min torch._foreach_clone torch._foreach_cos
+    torch._foreach_cosh torch._foreach_div torch._foreach_erf torch._foreach_erfc
+    torch._foreach_exp torch._foreach_expm1 torch._foreach_floor torch._foreach_frac
+    torch._foreach_lerp torch._foreach_lgamma torch._foreach_log torch._foreach_log10
+    torch._foreach_log1p torch._foreach_log2 torch._foreach_max torch._foreach_maximum
+    torch._foreach_minimum torch._foreach_mul torch._foreach_neg torch._foreach_pow
+    torch._foreach_reciprocal torch._foreach_round torch._foreach_rsqrt torch._foreach_sigmoid
+    torch._foreach_sign torch._foreach_sin torch._foreach_sinh torch._foreach_sqrt
+    torch._foreach_sub torch._foreach_tan torch._foreach_tanh torch._foreach_trunc
+    torch._pack_padded_sequence torch._pad_packed_sequence torch.abs torch.acos torch.acosh
+    torch.adaptive_max_pool1d torch.add torch.addcdiv torch.addcmul torch.adjoint
+    torch.alias_copy torch.alpha_dropout torch.amax torch.amin torch.aminmax torch.angle
+    torch.argsort torch.argwhere torch.asin torch.asinh torch.atan torch.atan2 torch.atanh
+    torch.autograd.grad torch.batch_norm torch.bincount torch.bitwise_and
+    torch.bitwise_left_shift torch.bitwise_not torch.bitwise_or torch.bitwise_right_shift
+    torch.bitwise_xor torch.broadcast_to torch.bucketize torch.cat torch.ceil torch.celu
+    torch.chunk torch.clamp torch.clamp_max torch.clamp_min torch.clip torch.clone
+    torch.column_stack torch.combinations torch.complex torch.concat torch.concatenate
+    torch.conj torch.conj_physical torch.constant_pad_nd torch.copysign torch.cos torch.cosh
+    torch.cross torch.cummax torch.cummin torch.cumprod torch.cumsum torch.cumulative_trapezoid
+    torch.deg2rad torch.detach torch.detach_copy torch.diag torch.diag_embed torch.diagflat
+    torch.diagonal torch.diagonal_scatter torch.diff torch.digamma torch.div torch.dropout
+    torch.dsplit torch.dstack torch.embedding torch.eq torch.erf torch.erfc torch.erfinv
+    torch.exp torch.exp2 torch.expm1 torch.feature_alpha_dropout torch.feature_dropout
+    torch.fft.fft torch.fft.fft2 torch.fft.fftn torch.fft.fftshift torch.fft.hfft
+    torch.fft.hfft2 torch.fft.hfftn torch.fft.ifft torch.fft.ifft2 torch.fft.ifftn
+    torch.fft.ifftshift torch.fft.ihfft torch.fft.ihfft2 torch.fft.ihfftn torch.fft.irfft
+    torch.fft.irfft2 torch.fft.irfftn torch.fft.rfft torch.fft.rfft2 torch.fft.rfftn torch.fill
+    torch.flatten torch.flip torch.fliplr torch.flipud torch.float_power torch.floor torch.fmax
+    torch.fmin torch.fmod torch.frac torch.frexp torch.full_like torch.functional.atleast_1d
+    torch.functional.atleast_2d torch.functional.atleast_3d torch.functional.block_diag
+    torch.functional.broadcast_tensors torch.functional.cartesian_prod torch.functional.einsum
+    torch.functional.meshgrid torch.functional.split torch.functional.unique
+    torch.functional.unique_consecutive torch.gather torch.gcd torch.ge torch.ger torch.gradient
+    torch.grid_sampler torch.grid_sampler_2d torch.grid_sampler_3d torch.group_norm torch.gt
+    torch.heaviside torch.histc torch.histogram torch.histogramdd torch.hsplit torch.hstack
     torch.hypot torch.i0 torch.igamma torch.igammac torch.imag torch.index_add torch.index_copy
-    torch.index_fill torch.index_put torch.index_reduce torch.index_select torch.isfinite
-    torch.isinf torch.isnan torch.isneginf torch.isposinf torch.kron torch.kthvalue torch.lcm
-    torch.ldexp torch.le torch.lerp torch.lgamma torch.linalg.cross torch.linalg.diagonal
-    torch.linalg.vander torch.log torch.log10 torch.log1p torch.log2 torch.log_softmax
-    torch.logaddexp torch.logaddexp2 torch.logcumsumexp torch.logical_and torch.logical_not
-    torch.logical_or torch.logical_xor torch.logit torch.lt torch.masked_fill
-    torch.masked_scatter torch.masked_select torch.max torch.max_pool1d torch.max_pool2d
-    torch.max_pool3d torch.maximum torch.median torch.min torch.minimum torch.mode
-    torch.moveaxis torch.movedim torch.msort torch.mul torch.mvlgamma torch.nan_to_num
-    torch.nanmedian torch.nanquantile torch.narrow torch.narrow_copy torch.ne torch.neg
-    torch.nextafter torch.nn.functional.adaptive_avg_pool1d
+    torch.index_fill torch.index_put torch.index_reduce torch.index_select torch.instance_norm
+    torch.isfinite torch.isin torch.isinf torch.isnan torch.isneginf torch.isposinf torch.kron
+    torch.kthvalue torch.layer_norm torch.lcm torch.ldexp torch.le torch.lerp torch.lgamma
+    torch.linalg.cross torch.linalg.diagonal torch.linalg.vander torch.log torch.log10
+    torch.log1p torch.log2 torch.log_softmax torch.logaddexp torch.logaddexp2 torch.logcumsumexp
+    torch.logical_and torch.logical_not torch.logical_or torch.logical_xor torch.logit torch.lt
+    torch.masked_fill torch.masked_scatter torch.masked_select torch.max torch.max_pool1d
+    torch.max_pool1d_with_indices torch.max_pool2d torch.max_pool3d torch.maximum torch.median
+    torch.min torch.minimum torch.mode torch.moveaxis torch.movedim torch.msort torch.mul
+    torch.mvlgamma torch.nan_to_num torch.nanmedian torch.nanquantile torch.narrow
+    torch.narrow_copy torch.native_dropout torch.native_group_norm torch.native_layer_norm
+    torch.ne torch.neg torch.nextafter torch.nn.functional.adaptive_avg_pool1d
     torch.nn.functional.adaptive_avg_pool2d torch.nn.functional.adaptive_avg_pool3d
-    torch.nn.functional.adaptive_max_pool1d torch.nn.functional.adaptive_max_pool2d
-    torch.nn.functional.adaptive_max_pool3d torch.nn.functional.alpha_dropout
-    torch.nn.functional.avg_pool1d torch.nn.functional.avg_pool2d torch.nn.functional.avg_pool3d
+    torch.nn.functional.adaptive_max_pool1d torch.nn.functional.adaptive_max_pool1d_with_indices
+    torch.nn.functional.adaptive_max_pool2d torch.nn.functional.adaptive_max_pool2d_with_indices
+    torch.nn.functional.adaptive_max_pool3d torch.nn.functional.adaptive_max_pool3d_with_indices
+    torch.nn.functional.alpha_dropout torch.nn.functional.avg_pool1d
+    torch.nn.functional.avg_pool2d torch.nn.functional.avg_pool3d torch.nn.functional.batch_norm
     torch.nn.functional.celu torch.nn.functional.channel_shuffle torch.nn.functional.dropout
     torch.nn.functional.dropout1d torch.nn.functional.dropout2d torch.nn.functional.dropout3d
     torch.nn.functional.elu torch.nn.functional.embedding
     torch.nn.functional.feature_alpha_dropout torch.nn.functional.fold torch.nn.functional.gelu
-    torch.nn.functional.grid_sample torch.nn.functional.hardshrink torch.nn.functional.hardtanh
-    torch.nn.functional.interpolate torch.nn.functional.leaky_relu
-    torch.nn.functional.log_softmax torch.nn.functional.max_pool1d
-    torch.nn.functional.max_pool2d torch.nn.functional.max_pool3d torch.nn.functional.mish
+    torch.nn.functional.grid_sample torch.nn.functional.group_norm
+    torch.nn.functional.hardshrink torch.nn.functional.hardsigmoid torch.nn.functional.hardswish
+    torch.nn.functional.hardtanh torch.nn.functional.instance_norm
+    torch.nn.functional.interpolate torch.nn.functional.layer_norm
+    torch.nn.functional.leaky_relu torch.nn.functional.local_response_norm
+    torch.nn.functional.log_softmax torch.nn.functional.logsigmoid torch.nn.functional.lp_pool1d
+    torch.nn.functional.lp_pool2d torch.nn.functional.lp_pool3d torch.nn.functional.max_pool1d
+    torch.nn.functional.max_pool1d_with_indices torch.nn.functional.max_pool2d
+    torch.nn.functional.max_pool2d_with_indices torch.nn.functional.max_pool3d
+    torch.nn.functional.max_pool3d_with_indices torch.nn.functional.max_unpool1d
+    torch.nn.functional.max_unpool2d torch.nn.functional.max_unpool3d torch.nn.functional.mish
     torch.nn.functional.native_channel_shuffle torch.nn.functional.normalize
     torch.nn.functional.one_hot torch.nn.functional.pad torch.nn.functional.pixel_shuffle
     torch.nn.functional.pixel_unshuffle torch.nn.functional.relu torch.nn.functional.relu6
-    torch.nn.functional.rrelu torch.nn.functional.selu torch.nn.functional.silu
-    torch.nn.functional.softmax torch.nn.functional.softmin torch.nn.functional.softplus
-    torch.nn.functional.softshrink torch.nn.functional.threshold torch.nn.functional.unfold
-    torch.nonzero torch.outer torch.permute torch.polygamma torch.positive torch.pow torch.put
-    torch.quantile torch.rad2deg torch.ravel torch.real torch.reciprocal torch.relu
-    torch.remainder torch.repeat_interleave torch.reshape torch.resolve_conj torch.resolve_neg
-    torch.roll torch.rot90 torch.round torch.row_stack torch.rrelu torch.rsqrt torch.rsub
-    torch.scatter torch.scatter_add torch.scatter_reduce torch.select torch.select_scatter
-    torch.selu torch.sgn torch.sigmoid torch.sign torch.signbit torch.sin torch.sinc torch.sinh
-    torch.slice_scatter torch.softmax torch.sort torch.special.airy_ai torch.special.bessel_j0
-    torch.special.bessel_j1 torch.special.bessel_y0 torch.special.bessel_y1
-    torch.special.chebyshev_polynomial_t torch.special.chebyshev_polynomial_u
-    torch.special.chebyshev_polynomial_v torch.special.chebyshev_polynomial_w
-    torch.special.digamma torch.special.entr torch.special.erf torch.special.erfc
-    torch.special.erfcx torch.special.erfinv torch.special.exp2 torch.special.expm1
-    torch.special.hermite_polynomial_h torch.special.hermite_polynomial_he torch.special.i0
-    torch.special.i0e torch.special.i1 torch.special.i1e torch.special.laguerre_polynomial_l
-    torch.special.legendre_polynomial_p torch.special.log1p torch.special.log_ndtr
-    torch.special.log_softmax torch.special.logit torch.special.modified_bessel_i0
-    torch.special.modified_bessel_i1 torch.special.modified_bessel_k0
-    torch.special.modified_bessel_k1 torch.special.ndtri torch.special.polygamma
-    torch.special.round torch.special.scaled_modified_bessel_k0
+    torch.nn.functional.rms_norm torch.nn.functional.rrelu torch.nn.functional.selu
+    torch.nn.functional.sigmoid torch.nn.functional.silu torch.nn.functional.softmax
+    torch.nn.functional.softmin torch.nn.functional.softplus torch.nn.functional.softshrink
+    torch.nn.functional.tanh torch.nn.functional.tanhshrink torch.nn.functional.threshold
+    torch.nn.functional.unfold torch.nn.functional.upsample
+    torch.nn.functional.upsample_bilinear torch.nn.functional.upsample_nearest torch.nonzero
+    torch.outer torch.permute torch.polygamma torch.positive torch.pow torch.put torch.quantile
+    torch.rad2deg torch.ravel torch.real torch.reciprocal torch.relu torch.remainder
+    torch.renorm torch.repeat_interleave torch.reshape torch.resolve_conj torch.resolve_neg
+    torch.rms_norm torch.roll torch.rot90 torch.round torch.row_stack torch.rrelu torch.rsqrt
+    torch.rsub torch.scatter torch.scatter_add torch.scatter_reduce torch.searchsorted
+    torch.select torch.select_scatter torch.selu torch.sgn torch.sigmoid torch.sign
+    torch.signbit torch.sin torch.sinc torch.sinh torch.slice_scatter torch.softmax torch.sort
+    torch.special.airy_ai torch.special.bessel_j0 torch.special.bessel_j1
+    torch.special.bessel_y0 torch.special.bessel_y1 torch.special.chebyshev_polynomial_t
+    torch.special.chebyshev_polynomial_u torch.special.chebyshev_polynomial_v
+    torch.special.chebyshev_polynomial_w torch.special.digamma torch.special.entr
+    torch.special.erf torch.special.erfc torch.special.erfcx torch.special.erfinv
+    torch.special.exp2 torch.special.expm1 torch.special.hermite_polynomial_h
+    torch.special.hermite_polynomial_he torch.special.i0 torch.special.i0e torch.special.i1
+    torch.special.i1e torch.special.laguerre_polynomial_l torch.special.legendre_polynomial_p
+    torch.special.log1p torch.special.log_ndtr torch.special.log_softmax torch.special.logit
+    torch.special.modified_bessel_i0 torch.special.modified_bessel_i1
+    torch.special.modified_bessel_k0 torch.special.modified_bessel_k1 torch.special.ndtri
+    torch.special.polygamma torch.special.round torch.special.scaled_modified_bessel_k0
     torch.special.scaled_modified_bessel_k1 torch.special.shifted_chebyshev_polynomial_t
     torch.special.shifted_chebyshev_polynomial_u torch.special.shifted_chebyshev_polynomial_v
     torch.special.shifted_chebyshev_polynomial_w torch.special.sinc torch.special.softmax
@@ -373,8 +431,9 @@ ROWS: Final = """
     torch.special.zeta torch.split_copy torch.split_with_sizes torch.sqrt torch.square
     torch.squeeze torch.stack torch.sub torch.swapaxes torch.swapdims torch.t torch.take
     torch.take_along_dim torch.tan torch.tanh torch.tensor_split torch.threshold torch.tile
-    torch.topk torch.transpose torch.trapezoid torch.tril torch.triu torch.true_divide
-    torch.trunc torch.unbind torch.unflatten torch.unfold_copy torch.unsafe_chunk
-    torch.unsafe_split torch.unsafe_split_with_sizes torch.unsqueeze torch.view_as_complex
-    torch.view_as_real torch.vsplit torch.vstack torch.where torch.xlogy
+    torch.topk torch.transpose torch.trapezoid torch.trapz torch.tril torch.triu
+    torch.true_divide torch.trunc torch.unbind torch.unflatten torch.unfold_copy
+    torch.unsafe_chunk torch.unsafe_split torch.unsafe_split_with_sizes torch.unsqueeze
+    torch.vander torch.view_as_complex torch.view_as_real torch.vsplit torch.vstack torch.where
+    torch.xlogy
 """

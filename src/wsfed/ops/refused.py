@@ -1,85 +1,179 @@
 """What is never run for a client, each with its reason, and what needs no worker.
 
-The reasons are about safety or meaning. A name that is neither here nor in the table is unknown.
+The reasons are about safety or meaning. Only names of :mod:`wsfed.ops.names` are run: a name
+that is neither there nor here is unknown, and the lists here serve the error's text and keep
+``scripts/generate_ops.py`` from allowing one of them.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
-__all__ = ["LOCAL", "SPACES", "reason"]
+__all__ = ["LOCAL", "REFUSED", "reason"]
 
-#: Where names are looked for; nothing else can be reached.
-SPACES: Final = (
-    "torch.nn.functional",
-    "torch.Tensor",
-    "torch.linalg",
-    "torch.fft",
-    "torch.special",
-    "torch.functional",
-    "torch",
+#: Reason, then names without their ``torch.``.
+_REASONS: Final[tuple[tuple[str, str], ...]] = (
+    (
+        "it reads or writes files of the worker, or runs what it finds in them",
+        """
+        load save from_file frombuffer from_numpy import_ir_module import_ir_module_from_buffer
+        export.export export.load export.save hub.load hub.load_state_dict_from_url jit.load
+        jit.save jit.script jit.trace library.Library ops.load_library package.PackageImporter
+        serialization.load serialization.save classes.load_library
+        """,
+    ),
+    (
+        "it runs code that the client would have to send",
+        """
+        Tensor.__reduce_ex__ Tensor.__setstate__ Tensor._backward_hooks.__get__
+        Tensor._post_accumulate_grad_hooks.__get__ Tensor.apply_ Tensor.as_subclass Tensor.map2_
+        Tensor.map_ Tensor.module_load Tensor.register_hook
+        Tensor.register_post_accumulate_grad_hook compile cond func.vmap vmap
+        nn.functional.triplet_margin_with_distance_loss
+        """,
+    ),
+    (
+        "it changes a setting of the whole process, which other sessions share",
+        """
+        manual_seed seed random.manual_seed random.seed random.set_rng_state set_anomaly_enabled
+        set_autocast_cache_enabled set_autocast_dtype set_autocast_enabled set_default_device
+        set_default_dtype set_default_tensor_type set_deterministic_debug_mode
+        set_float32_matmul_precision set_flush_denormal set_grad_enabled set_num_interop_threads
+        set_num_threads set_printoptions set_rng_state set_warn_always
+        use_deterministic_algorithms
+        """,
+    ),
+    (
+        "it gives uninitialised or neighbouring memory, perhaps of others; use zeros_like or slices",
+        """
+        Tensor.as_strided Tensor.as_strided_ Tensor.as_strided_scatter Tensor.new Tensor.new_empty
+        Tensor.new_empty_strided Tensor.resize Tensor.resize_ Tensor.resize_as Tensor.resize_as_
+        Tensor.resize_as_sparse_ Tensor.set_ as_strided as_strided_ as_strided_copy
+        as_strided_scatter empty empty_like empty_permuted empty_quantized empty_strided resize_as_
+        """,
+    ),
+    (
+        "its kernel trusts sizes or offsets that a client chooses, and reads beyond its tensors",
+        """
+        native_batch_norm segment_reduce _fused_adagrad_ _fused_adam_
+        _fused_adamw_ _fused_sgd_ nn.functional.grouped_mm nn.functional.scaled_grouped_mm
+        nn.functional.scaled_mm
+        """,
+    ),
+    (
+        "it gives away an address of the worker's memory, or how it is kept",
+        """
+        Tensor.__cuda_array_interface__.__get__ Tensor.__dlpack__ Tensor.__dlpack_device__
+        Tensor._cdata.__get__ Tensor.const_data_ptr Tensor.data_ptr Tensor.is_pinned
+        Tensor.is_shared Tensor.pin_memory Tensor.record_stream Tensor.share_memory_
+        Tensor.storage Tensor.storage_type Tensor.untyped_storage
+        """,
+    ),
+    (
+        "its result is a value of Python's; get the tensor, or compare on the worker",
+        """
+        Tensor.__array__ Tensor.__array_wrap__ Tensor.__bool__ Tensor.__complex__
+        Tensor.__contains__ Tensor.__float__ Tensor.__index__ Tensor.__int__ Tensor.__long__
+        Tensor.__nonzero__ Tensor.allclose Tensor.equal Tensor.is_nonzero Tensor.is_same_size
+        Tensor.is_set_to Tensor.item Tensor.numpy Tensor.tolist allclose equal is_nonzero
+        is_same_size
+        """,
+    ),
+    (
+        "the worker's owner chooses the device",
+        """
+        Tensor.cuda Tensor.get_device Tensor.ipu Tensor.mtia Tensor.to_mkldnn Tensor.xpu get_device
+        """,
+    ),
+    (
+        "quantised tensors have no wire form yet",
+        """
+        Tensor.dequantize Tensor.int_repr Tensor.q_per_channel_axis Tensor.q_per_channel_scales
+        Tensor.q_per_channel_zero_points Tensor.q_scale Tensor.q_zero_point Tensor.qscheme
+        choose_qparams_optimized dequantize fake_quantize_per_channel_affine
+        fake_quantize_per_tensor_affine fbgemm_linear_fp16_weight
+        fbgemm_linear_fp16_weight_fp32_activation fbgemm_linear_int8_weight
+        fbgemm_linear_int8_weight_fp32_activation fbgemm_linear_quantize_weight
+        fbgemm_pack_gemm_matrix_fp16 fbgemm_pack_quantized_matrix fused_moving_avg_obs_fake_quant
+        int_repr q_per_channel_axis q_per_channel_scales q_per_channel_zero_points q_scale
+        q_zero_point quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic
+        quantized_batch_norm quantized_gru_cell quantized_lstm_cell quantized_max_pool1d
+        quantized_max_pool2d quantized_max_pool3d quantized_rnn_relu_cell quantized_rnn_tanh_cell
+        """,
+    ),
+    (
+        "sparse and nested tensors have no wire form yet",
+        """
+        Tensor._clear_non_serializable_cached_data Tensor._coalesced_ Tensor._dimI Tensor._dimV
+        Tensor._indices Tensor._nested_tensor_size Tensor._nested_tensor_storage_offsets
+        Tensor._nested_tensor_strides Tensor._nnz Tensor._sparse_mask_projection Tensor._to_dense
+        Tensor._values Tensor.ccol_indices Tensor.coalesce Tensor.col_indices Tensor.crow_indices
+        Tensor.dense_dim Tensor.indices Tensor.is_coalesced Tensor.nonzero_static
+        Tensor.row_indices Tensor.slice_inverse Tensor.smm Tensor.sparse_dim Tensor.sparse_mask
+        Tensor.sparse_resize_ Tensor.sparse_resize_and_clear_ Tensor.sspaddmm Tensor.to_dense
+        Tensor.to_padded_tensor Tensor.to_sparse Tensor.to_sparse_bsc Tensor.to_sparse_bsr
+        Tensor.to_sparse_coo Tensor.to_sparse_csc Tensor.to_sparse_csr Tensor.values
+        ccol_indices_copy col_indices_copy crow_indices_copy hspmm indices_copy nonzero_static
+        row_indices_copy slice_inverse smm spmm sspaddmm values_copy
+        """,
+    ),
+    (
+        "it is internal to torch",
+        """
+        Tensor._autocast_to_full_precision Tensor._autocast_to_reduced_precision
+        Tensor._base.__get__ Tensor._grad.__get__ Tensor._grad_fn.__get__ Tensor._is_view
+        Tensor._version.__get__ Tensor.grad_dtype.__get__ Tensor.hash_tensor Tensor.name.__get__
+        Tensor.retains_grad.__get__ Tensor.volatile.__get__ autocast hash_tensor
+        nn.functional._sym_int sym_float sym_ite sym_max sym_min sym_not sym_sqrt sym_sum
+        """,
+    ),
+    (
+        "it exists for one vendor's library; use the public operation",
+        """
+        batch_norm_backward_elemt batch_norm_backward_reduce batch_norm_elemt
+        batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_stats
+        batch_norm_update_stats cudnn_batch_norm cudnn_convolution mkldnn_convolution
+        mkldnn_rnn_layer miopen_batch_norm miopen_convolution miopen_convolution_add_relu
+        miopen_convolution_relu miopen_convolution_transpose miopen_depthwise_convolution
+        miopen_rnn
+        """,
+    ),
 )
 
-_MEMORY = (
-    "it gives uninitialised or neighbouring memory, which may hold another's data; "
-    "use zeros_like, or slices"
+_LISTS: Final = (
+    "it writes into a list of tensors, where labels of private data could not follow; "
+    "make the optimizer with foreach=False"
 )
-_HOST = "it gives away an address of the worker's memory"
-_CODE = "it runs code that the client would have to send"
-_FILES = "it reads or writes files of the worker"
-_VALUE = "its result is a value of Python's; get the tensor, or compare on the worker"
-_DEVICE = "the worker's owner chooses the device"
-_QUANTISED = "quantised tensors have no wire form yet"
-_SPARSE = "sparse and nested tensors have no wire form yet"
-_INTERNAL = "it is not public in torch"
-_VENDOR = "it exists for one vendor's library; use the public operation"
 
-_RULES: Final[tuple[tuple[str, str], ...]] = (
-    (r"empty_like|(?:new_)?empty(?:_strided)?|resize\w*|set_|as_strided\w*|new_empty\w*", _MEMORY),
-    (r"(?:const_)?data_ptr|untyped_storage|storage|storage_type|__cuda_array_interface__\..*"
-     r"|__dlpack\w*|_cdata\..*|share_memory_|is_shared|pin_memory|is_pinned|record_stream", _HOST),
-    (r"apply_|map_|map2_|register_hook|register_post_accumulate_grad_hook|_backward_hooks\..*"
-     r"|_post_accumulate_grad_hooks\..*|module_load|triplet_margin_with_distance_loss"
-     r"|__reduce_ex__|__setstate__", _CODE),
-    (r"load|save|from_file|compile|jit|hub|package|library|ops", _FILES),
-    (r"item|tolist|numpy|equal|allclose|is_nonzero|__bool__|__float__|__int__|__index__|__long__"
-     r"|__complex__|__nonzero__|__contains__|__array__|__array_wrap__|is_same_size|is_set_to", _VALUE),
-    (r"cuda|xpu|ipu|mtia|to_mkldnn|get_device", _DEVICE),
-    (r"quantize\w*|dequantize|q_\w+|int_repr|qscheme|quantized_\w+|fake_quantize\w*|fbgemm\w*"
-     r"|choose_qparams\w*|fused_moving_avg\w*", _QUANTISED),
-    (r"\w*sparse\w*|coalesce|is_coalesced|(?:c?col|c?row|c?crow)_indices\w*|indices\w*|values\w*"
-     r"|smm|sspaddmm|hspmm|spmm|dense_dim|_nnz|_dim[IV]|_indices|_values|_coalesced_|to_dense"
-     r"|_to_dense|_nested\w*|_clear_non\w*|_sparse\w*|nonzero_static|slice_inverse", _SPARSE),
-    (r"_autocast\w*|_grad\..*|_grad_fn\..*|_base\..*|_is_view|_version\..*|_sym_int|sym_\w+|autocast"
-     r"|volatile\..*|name\..*|as_subclass|hash_tensor|retains_grad\..*|grad_dtype\..*", _INTERNAL),
-    (r"miopen\w*|cudnn\w*|batch_norm_(?:backward|elemt|gather|stats|update)\w*|mkldnn\w*", _VENDOR),
+#: Name → reason.
+REFUSED: Final[Mapping[str, str]] = MappingProxyType(
+    {f"torch.{name}": why for why, names in _REASONS for name in names.split()}
 )
-_COMPILED: Final = tuple((re.compile(pattern), why) for pattern, why in _RULES)
 
 #: Answered on the client: what a pointer knows about itself.
 _METADATA: Final = """
-    dim size stride numel nelement ndimension element_size storage_offset is_floating_point
-    is_complex is_conj is_neg is_contiguous is_signed is_inference is_distributed dim_order
-    __len__ __repr__ __format__ __deepcopy__ __hash__ backward dtype.__get__ device.__get__
-    shape.__get__ layout.__get__ ndim.__get__ nbytes.__get__ itemsize.__get__ is_leaf.__get__
-    grad_fn.__get__ requires_grad.__get__ output_nr.__get__ is_cpu.__get__ is_cuda.__get__
-    is_ipu.__get__ is_maia.__get__ is_meta.__get__ is_mkldnn.__get__ is_mps.__get__
-    is_mtia.__get__ is_nested.__get__ is_quantized.__get__ is_sparse.__get__
-    is_sparse_csr.__get__ is_vulkan.__get__ is_xla.__get__ is_xpu.__get__ __reversed__
-""".split()
-LOCAL: Final = frozenset(
-    f"{space}.{word}" for space in ("torch", "torch.Tensor") for word in _METADATA
-)
+    Tensor.__deepcopy__ Tensor.__format__ Tensor.__hash__ Tensor.__len__ Tensor.__repr__
+    Tensor.__reversed__ Tensor.backward Tensor.device.__get__ Tensor.dim Tensor.dim_order
+    Tensor.dtype.__get__ Tensor.element_size Tensor.grad_fn.__get__ Tensor.is_complex
+    Tensor.is_conj Tensor.is_contiguous Tensor.is_cpu.__get__ Tensor.is_cuda.__get__
+    Tensor.is_distributed Tensor.is_floating_point Tensor.is_inference Tensor.is_ipu.__get__
+    Tensor.is_leaf.__get__ Tensor.is_maia.__get__ Tensor.is_meta.__get__ Tensor.is_mkldnn.__get__
+    Tensor.is_mps.__get__ Tensor.is_mtia.__get__ Tensor.is_neg Tensor.is_nested.__get__
+    Tensor.is_quantized.__get__ Tensor.is_signed Tensor.is_sparse.__get__
+    Tensor.is_sparse_csr.__get__ Tensor.is_vulkan.__get__ Tensor.is_xla.__get__
+    Tensor.is_xpu.__get__ Tensor.itemsize.__get__ Tensor.layout.__get__ Tensor.nbytes.__get__
+    Tensor.ndim.__get__ Tensor.ndimension Tensor.nelement Tensor.numel Tensor.output_nr.__get__
+    Tensor.requires_grad.__get__ Tensor.shape.__get__ Tensor.size Tensor.storage_offset
+    Tensor.stride is_complex is_conj is_distributed is_floating_point is_inference is_neg
+    is_signed numel
+"""
+LOCAL: Final = frozenset(f"torch.{name}" for name in _METADATA.split())
 
 
 def reason(name: str) -> str | None:
     """Why an operation is never run for a client; ``None`` where nothing speaks against it."""
-    space = next((space for space in SPACES if name.startswith(space + ".")), None)
-    if space is None:
-        return None
-    word = name.removeprefix(space + ".")
-    for pattern, why in _COMPILED:
-        if pattern.fullmatch(word):
-            return why
-    return None
+    if name.startswith("torch._foreach_") and name.endswith("_"):
+        return _LISTS
+    return REFUSED.get(name)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 
 from wsfed.errors import OpNotAllowed
 from wsfed.ops import names, refused
+from wsfed.ops.guards import guarded
+from wsfed.ops.refused import REFUSED
 
-__all__ = ["OPS", "Op", "depends_on_floats", "lookup", "wire_name"]
+__all__ = ["OPS", "REFUSED", "Op", "depends_on_floats", "lookup", "wire_name"]
 
 #: Keywords that no operation takes from a client.
 _REFUSED_KEYWORDS: Final[Mapping[str, str]] = MappingProxyType(
@@ -28,16 +30,25 @@ _REFUSED_KEYWORDS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
+#: What functions written in Python call the tensor they change.
+_FIRST: Final = frozenset({"self", "input", "tensor"})
+
 #: The shape of the result depends on a fractional number.
 _BY_FLOATS: Final = frozenset(
     {
-        "torch.nn.functional.interpolate",
         "torch.nn.functional.fractional_max_pool2d",
-        "torch.nn.functional.fractional_max_pool3d",
         "torch.nn.functional.fractional_max_pool2d_with_indices",
+        "torch.nn.functional.fractional_max_pool3d",
         "torch.nn.functional.fractional_max_pool3d_with_indices",
+        "torch.nn.functional.interpolate",
+        "torch.nn.functional.upsample",
+        "torch.nn.functional.upsample_bilinear",
+        "torch.nn.functional.upsample_nearest",
     }
 )
+
+#: Characters of an unknown name that an error repeats.
+_MOST_SHOWN: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ class Op:
 
     Attributes:
         name: on the wire.
-        call: torch's function.
+        call: torch's function, behind a guard where its kernel trusts its arguments.
         random: whether it draws from torch's default generator.
         carries_rows: whether its results hold rows of its arguments (views, copies, element-wise).
         inplace: whether it changes its first argument.
@@ -64,9 +75,18 @@ class Op:
         Raises:
             OpNotAllowed: one of them may not.
         """
+        if not kwargs:
+            return
         for keyword in _REFUSED_KEYWORDS.keys() & kwargs.keys():
             if kwargs[keyword] is not None and kwargs[keyword] is not False:
-                raise OpNotAllowed(f"{keyword}= is refused: {_REFUSED_KEYWORDS[keyword]}", op=self.name)
+                self._refuse(f"{keyword}= is refused: {_REFUSED_KEYWORDS[keyword]}")
+        if type(kwargs.get("device")) is str:
+            self._refuse("device= takes a torch.device")
+        if self.inplace and _FIRST & kwargs.keys():
+            self._refuse("what it changes is its first argument, not a keyword")
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise OpNotAllowed(why, op=self.name)
 
 
 def lookup(name: str) -> Op:
@@ -76,11 +96,13 @@ def lookup(name: str) -> Op:
         OpNotAllowed: it is refused, with the reason, or unknown.
     """
     op = OPS.get(name) if type(name) is str else None
-    if op is None:
-        shown = name[:100] if type(name) is str else type(name).__name__
-        why = refused.reason(shown) or "a worker knows no operation of that name"
-        raise OpNotAllowed(why, op=shown)
-    return op
+    if op is not None:
+        return op
+    if type(name) is not str:
+        raise OpNotAllowed(f"an operation is named by text, not by {type(name).__name__}")
+    shown = ascii(name[:_MOST_SHOWN])[1:-1] + ("..." if len(name) > _MOST_SHOWN else "")
+    why = refused.reason(name) or "a worker knows no operation of that name"
+    raise OpNotAllowed(why, op=shown)
 
 
 def wire_name(function: Callable[..., Any]) -> str | None:
@@ -93,7 +115,7 @@ def depends_on_floats(name: str) -> bool:
     return name in _BY_FLOATS
 
 
-# --- building it, from what is checked in -----------------------------------------------------------
+# --- building it, from what is checked in --------------------------------------------------------------
 
 _PLACES: Final[Mapping[str, ModuleType | type]] = MappingProxyType(
     {
@@ -104,6 +126,8 @@ _PLACES: Final[Mapping[str, ModuleType | type]] = MappingProxyType(
         "torch.linalg": torch.linalg,
         "torch.fft": torch.fft,
         "torch.special": torch.special,
+        "torch.autograd": torch.autograd,
+        "torch._C._nn": torch._C._nn,
     }
 )
 
@@ -121,24 +145,25 @@ def _listed() -> Iterator[tuple[str, Callable[..., Any]]]:
 def _changes_first(name: str) -> bool:
     word = name.rsplit(".", 1)[-1]
     if word.startswith("__"):
-        is_inplace = word[2] == "i" and word not in ("__invert__", "__index__", "__int__")
+        is_inplace = word[2] == "i" and word != "__invert__"
         return is_inplace or word in ("__set__", "__setitem__")
     return word.endswith("_")
 
 
-def _build() -> Mapping[str, Op]:
+def _build(functions: Mapping[str, Callable[..., Any]]) -> Mapping[str, Op]:
     random, rows = frozenset(names.RANDOM.split()), frozenset(names.ROWS.split())
     return MappingProxyType(
         {
-            name: Op(name, call, name in random, name in rows, _changes_first(name))
-            for name, call in _listed()
+            name: Op(name, guarded(name, call), name in random, name in rows, _changes_first(name))
+            for name, call in functions.items()
         }
     )
 
 
+_FUNCTIONS: Final = dict(_listed())
 #: The table.
-OPS: Final[Mapping[str, Op]] = _build()
-# One function may have several names (torch.absolute is torch.abs on some builds): the first wins.
+OPS: Final[Mapping[str, Op]] = _build(_FUNCTIONS)
+# One function may have several names: the first wins.
 _NAMES: Final[Mapping[Callable[..., Any], str]] = MappingProxyType(
-    {op.call: name for name, op in reversed(OPS.items())}
+    {call: name for name, call in reversed(_FUNCTIONS.items())}
 )

@@ -1,0 +1,1 @@
+"""Pointers: tensors that look local and are on a worker."""

@@ -1,0 +1,56 @@
+"""What the client remembers of the worker's autograd graph: who depends on which leaf.
+
+It is enough to answer ``requires_grad``, ``is_leaf`` and ``grad is None`` without asking. A
+pointer that requires grad has a :class:`Node`; an operation's result has one whose parents are those
+of its arguments; ``backward`` goes through them and marks the leaves that have a gradient then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["Node", "mark"]
+
+
+class Node:
+    """A place in the graph.
+
+    Attributes:
+        parents: nodes of the arguments that require grad; empty for a leaf.
+        has_grad: a backward pass has reached this leaf (or one that retains its gradient).
+        retains: a non-leaf that keeps its gradient.
+        generation: counts the times the worker has replaced the gradient by a new tensor.
+    """
+
+    __slots__ = ("generation", "has_grad", "parents", "retains")
+
+    def __init__(self, parents: tuple[Node, ...] = ()) -> None:
+        self.parents = parents
+        self.has_grad = False
+        self.retains = False
+        self.generation = 0
+
+    def __repr__(self) -> str:
+        return f"<remote graph node with {len(self.parents)} parents>"
+
+
+def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -> None:
+    """A backward pass ran from ``roots``.
+
+    Args:
+        roots: nodes of the tensors it started from.
+        only: the leaves it was restricted to, if it was.
+        create_graph: gradients were added to by a new tensor instead of in place.
+    """
+    seen: set[Node] = set()
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (not node.parents or node.retains) and (only is None or node in only):
+            if node.has_grad and create_graph:
+                node.generation += 1
+            node.has_grad = True
+        pending.extend(node.parents)

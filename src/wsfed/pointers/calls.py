@@ -1,0 +1,345 @@
+"""From a torch call on pointers to one command: scan, infer, encode, issue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+
+import torch
+from torch.overrides import resolve_name
+
+from wsfed.errors import ConstantTooLarge, NotCollocated, OpNotAllowed, PointerError, ValueNeeded
+from wsfed.ops import refused
+from wsfed.ops.arguments import encode
+from wsfed.ops.table import depends_on_floats, wire_name
+from wsfed.pointers.autograd import Node
+from wsfed.pointers.link import Link
+from wsfed.pointers.shapes import Inferred, Meta, ShapeCache, UnknownShape, meta_of
+from wsfed.pointers.site import Site, capture_site, describe_site
+from wsfed.protocol import limits
+from wsfed.protocol.messages import Execute
+from wsfed.protocol.values import REF
+
+if TYPE_CHECKING:
+    from wsfed.pointers.pointer import Pointer
+
+__all__ = ["call", "mode_now", "register"]
+
+_EXECUTE: Final = Execute.code
+_NO_GRAD: Final = 1
+_INFERENCE: Final = 2
+
+_cache: Final = ShapeCache()
+#: Set by the module of the class itself, which needs this one.
+_make: Callable[..., Pointer]
+_pointer_class: type
+
+
+def register(pointer_class: type, make: Callable[..., Pointer]) -> None:
+    """Told once what a pointer is."""
+    global _pointer_class, _make
+    _pointer_class, _make = pointer_class, make
+
+
+def mode_now() -> int:
+    """The modes of autograd that a command carries.
+
+    Raises:
+        OpNotAllowed: autocast is on, which no worker understands yet.
+    """
+    if torch._C._is_any_autocast_enabled():
+        raise OpNotAllowed("autocast is not carried to workers; convert with .to(dtype)")
+    if torch.is_inference_mode_enabled():
+        return _NO_GRAD | _INFERENCE
+    return 0 if torch.is_grad_enabled() else _NO_GRAD
+
+
+# --- scanning: the key of a call, and its tensors ------------------------------------------------------
+
+_TRUE: Final = object()
+_FALSE: Final = object()
+
+
+class _Local(NamedTuple):
+    """A local tensor's part of the key."""
+
+    meta: Meta
+
+
+def _scan(value: Any, key: list[Any], tensors: list[Any]) -> None:
+    kind = type(value)
+    if kind is _pointer_class:
+        tensors.append(value)
+        key.append(value._meta)
+    elif kind is float:
+        key.append(float)
+    elif kind is bool:
+        # True is 1 and 1.0 to a dictionary; torch tells them apart.
+        key.append(_TRUE if value else _FALSE)
+    elif kind is int or kind is str or value is None:
+        key.append(value)
+    elif isinstance(value, torch.Tensor):
+        tensors.append(value)
+        key.append(_Local(meta_of(value)))
+    elif isinstance(value, list | tuple):
+        key.append((kind, len(value)))
+        for item in value:
+            _scan(item, key, tensors)
+    elif kind is slice:
+        key.append(slice)
+        for item in (value.start, value.stop, value.step):
+            _scan(item, key, tensors)
+    elif isinstance(value, dict):
+        key.append((kind, *value))
+        for item in value.values():
+            _scan(item, key, tensors)
+    else:
+        _scan_other(value, key)
+
+
+def _scan_other(value: Any, key: list[Any]) -> None:
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(f"{type(value).__name__} does not travel to a worker") from None
+    key.append(value)
+
+
+def _floats(values: Iterable[Any]) -> tuple[float, ...]:
+    found: list[float] = []
+    for value in values:
+        if type(value) is float:
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _floats(value)
+    return tuple(found)
+
+
+# --- calling ---------------------------------------------------------------------------------------------
+
+
+def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Issue one operation; gives pointers to its results.
+
+    Raises:
+        OpNotAllowed: no worker runs it.
+        NotCollocated: pointers of two workers.
+        ConstantTooLarge: a local tensor that should be sent on purpose.
+        ValueNeeded: a pointer whose shape is not known yet.
+        Exception: torch's own, for shapes and types that do not fit.
+    """
+    name = wire_name(function)
+    if name is None:
+        _refuse(function)
+    mode = mode_now()
+    key: list[Any] = [name, mode]
+    tensors: list[Any] = []
+    for arg in args:
+        _scan(arg, key, tensors)
+    for word, arg in kwargs.items():
+        key.append(word)
+        _scan(arg, key, tensors)
+    if depends_on_floats(name):
+        key.append(_floats((*args, *kwargs.values())))
+    site = capture_site()
+    link = _one_link(name, tensors, site)
+    whole = tuple(key)
+    inferred = _cache.get(whole)
+    if inferred is None:
+        if kwargs.get("out") is not None:
+            raise OpNotAllowed("out= is refused: assign with copy_", op=name)
+        metas = [_meta(tensor, name) for tensor in tensors]
+        try:
+            inferred = _cache.infer(whole, function, args, kwargs, metas)
+        except UnknownShape as unknown:
+            return _issue_unresolved(name, args, kwargs, mode, tensors, link, site, str(unknown))
+    return _issue(name, args, kwargs, mode, inferred, tensors, link, site)
+
+
+def _refuse(function: Callable[..., Any]) -> NoReturn:
+    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    why = refused.reason(name) or "no worker knows this operation"
+    raise OpNotAllowed(why, op=name, site=describe_site(capture_site()))
+
+
+def _meta(tensor: Any, name: str) -> Meta:
+    meta: Meta | None = tensor._meta if type(tensor) is _pointer_class else meta_of(tensor)
+    if meta is None:
+        raise ValueNeeded(
+            name, repr(tensor), "its shape depends on values: write `await pointer.resolve()` first"
+        )
+    return meta
+
+
+def _one_link(name: str, tensors: list[Any], site: Site | None) -> Link:
+    link: Link | None = None
+    for tensor in tensors:
+        if type(tensor) is _pointer_class:
+            other: Link = tensor._handle.link
+            if link is None:
+                link = other
+            elif other is not link:
+                raise NotCollocated(name, (link.worker.id, other.worker.id), describe_site(site))
+    assert link is not None, "a call without pointers does not come here"
+    return link
+
+
+def _issue(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: int,
+    inferred: Inferred,
+    tensors: list[Any],
+    link: Link,
+    site: Site | None,
+) -> Any:
+    outs, results = [], []
+    parents: tuple[Node, ...] | None = None
+    for out, view in zip(inferred.outs, inferred.views, strict=True):
+        if type(out) is int:
+            result = tensors[out]
+            outs.append(result._handle.id if type(result) is _pointer_class else link.new_id())
+        else:
+            id = link.new_id()
+            result = _make(link, id, out)
+            if out.requires_grad and not out.is_leaf:  # type: ignore[union-attr]
+                if parents is None:
+                    parents = _parents(tensors)
+                result.__dict__["_node"] = Node(parents)
+            if view >= 0 and type(tensors[view]) is _pointer_class:
+                result.__dict__["_view_of"] = tensors[view]
+            outs.append(id)
+        results.append(result)
+    constants: list[int] = []
+
+    def ref(tensor: torch.Tensor) -> int:
+        if type(tensor) is _pointer_class:
+            return tensor._handle.id  # type: ignore[attr-defined, no-any-return]
+        return _constant(name, tensor, link, constants, site)
+
+    wire_args = [encode(_device(arg, name, link), ref) for arg in args]
+    wire_kwargs = {word: encode(_device(arg, word, link), ref) for word, arg in kwargs.items()}
+    link.issue([_EXECUTE, name, outs, wire_args, wire_kwargs, mode], site)
+    for id in constants:
+        link.release(id)
+    for place, meta in inferred.changed:
+        _change(tensors[place], meta, tensors)
+    _follow_writes(name, inferred, tensors)
+    return inferred.build(results)
+
+
+def _device(value: Any, word: str, link: Link) -> Any:
+    """The worker's device, where one is named that only stands for the pointers' own."""
+    if type(value) is torch.device and value.type == "meta":
+        return link.device
+    if type(value) is str and word in ("device", "torch.Tensor.to") and value == "meta":
+        return link.device
+    if type(value) is str and word == "device":
+        return torch.device(value)
+    if type(value) is str and word == "torch.Tensor.to":
+        return torch.device(value)
+    return value
+
+
+def _parents(tensors: list[Any]) -> tuple[Node, ...]:
+    return tuple(
+        tensor._graph_node()
+        for tensor in tensors
+        if type(tensor) is _pointer_class and tensor._meta is not None and tensor._meta.requires_grad
+    )
+
+
+def _constant(
+    name: str, tensor: torch.Tensor, link: Link, made: list[int], site: Site | None
+) -> int:
+    if tensor.is_meta:
+        raise PointerError(f"{name} met a local tensor on the meta device, which has no values")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise PointerError(
+            f"{name} met a local tensor that requires grad and a pointer on "
+            f"{link.worker.id!r}: its gradient would be lost; send it (or its module) first"
+        )
+    if tensor.nbytes > limits.MAX_CONSTANT_BYTES:
+        raise ConstantTooLarge(name, tensor.nbytes, limits.MAX_CONSTANT_BYTES)
+    id = link.new_id()
+    link.store(id, tensor, False, site)
+    made.append(id)
+    return id
+
+
+# --- what an operation changes ---------------------------------------------------------------------------
+
+
+def _change(tensor: Any, meta: Meta, tensors: list[Any]) -> None:
+    """An argument has another shape, or another place in the graph."""
+    if type(tensor) is not _pointer_class:
+        return
+    if meta.requires_grad and not meta.is_leaf:
+        tensor.__dict__["_node"] = Node(_parents(tensors))
+    elif not meta.requires_grad or not tensor._meta.requires_grad:
+        tensor.__dict__["_node"] = None
+    tensor._set_meta(meta)
+
+
+def _follow_writes(name: str, inferred: Inferred, tensors: list[Any]) -> None:
+    """A write into a tensor that requires grad: it, and what it is a view of, depend on more now."""
+    if not tensors or type(tensors[0]) is not _pointer_class:
+        return
+    first = tensors[0]
+    written = (type(o) is int and o == 0 for o in inferred.outs)
+    if not (name.endswith("__setitem__") or any(written)):
+        return
+    meta = first._meta
+    if meta is None or not meta.requires_grad or meta.is_leaf:
+        return
+    node = first.__dict__["_node"] = Node(_parents(tensors))
+    base = first.__dict__.get("_view_of")
+    while base is not None:
+        base._depends_on(node)
+        base = base.__dict__.get("_view_of")
+
+
+# --- shapes that depend on values --------------------------------------------------------------------------
+
+
+def _issue_unresolved(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: int,
+    tensors: list[Any],
+    link: Link,
+    site: Site | None,
+    why: str,
+) -> Any:
+    if name not in _ONE_RESULT:
+        raise OpNotAllowed(f"its results' shapes depend on values ({why[:200]})", op=name)
+    result = _make(link, link.new_id(), None)
+    constants: list[int] = []
+
+    def ref(tensor: torch.Tensor) -> int:
+        if type(tensor) is _pointer_class:
+            return tensor._handle.id  # type: ignore[attr-defined, no-any-return]
+        return _constant(name, tensor, link, constants, site)
+
+    wire_args = [encode(arg, ref) for arg in args]
+    wire_kwargs = {word: encode(arg, ref) for word, arg in kwargs.items()}
+    outs = [result._handle.id]
+    link.issue([_EXECUTE, name, outs, wire_args, wire_kwargs, mode], site)
+    for id in constants:
+        link.release(id)
+    result.__dict__["_node"] = Node(parents) if (parents := _parents(tensors)) else None
+    if link.blocking:
+        result.resolve()
+    return result
+
+
+#: Operations with one result whose shape depends on values.
+_ONE_RESULT: Final = frozenset(
+    f"{space}.{word}"
+    for space in ("torch", "torch.Tensor")
+    for word in (
+        "nonzero masked_select argwhere bincount repeat_interleave __getitem__ unique_consecutive"
+    ).split()
+) | {"torch.functional.unique", "torch.nn.functional.one_hot"}

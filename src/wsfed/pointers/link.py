@@ -1,0 +1,76 @@
+"""The seam between pointers and the session that carries their commands."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from wsfed.pointers.site import Site
+
+__all__ = ["Link", "link_of"]
+
+_T = TypeVar("_T")
+
+
+class Link(Protocol):
+    """A session as pointers see it. Everything is ordered; nothing here waits but ``settle``.
+
+    Attributes:
+        worker: what ``Pointer.location`` gives; has an ``id``.
+        device: where the worker computes.
+        blocking: ``settle`` and ``run`` return results instead of awaitables.
+    """
+
+    worker: Any
+    device: torch.device
+    blocking: bool
+
+    @property
+    def closed(self) -> bool:
+        """The session is over."""
+
+    def new_id(self) -> int:
+        """An identifier that the session has not used."""
+
+    def issue(self, command: list[Any], site: Site | None = None) -> None:
+        """Queue a command in wire form."""
+
+    def store(
+        self, id: int, tensor: torch.Tensor, requires_grad: bool, site: Site | None = None
+    ) -> None:
+        """Queue a tensor, as it is now, to be kept under ``id``."""
+
+    def release(self, id: int) -> None:
+        """Nobody holds this object any more. From any thread; never raises."""
+
+    def fetch(self, id: int, site: Site | None = None) -> Awaitable[torch.Tensor]:
+        """Ask for a value; the request leaves at once."""
+
+    def ask(
+        self, make: Callable[[int], list[Any]], site: Site | None = None
+    ) -> Awaitable[Any]:
+        """Queue a request; ``make`` gives the command for its number."""
+
+    def transfer(self, ids: Sequence[int], to: Link, new_ids: Sequence[int]) -> None:
+        """Copy objects to another worker; later commands there wait for them."""
+
+    def settle(self, asked: Awaitable[_T]) -> Any:
+        """An awaitable as it is, or in the blocking world its result."""
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> Any:
+        """Start ``work``: an awaitable, or in the blocking world its result."""
+
+
+def link_of(worker: Any) -> Link:
+    """The session behind a worker's handle.
+
+    Raises:
+        TypeError: not a worker.
+    """
+    link = getattr(worker, "link", None)
+    if link is None:
+        raise TypeError(f"a worker is needed here, not {type(worker).__name__}")
+    found: Link = link
+    return found

@@ -1,0 +1,154 @@
+"""What a pointer answers by itself: metadata, values that Python wants, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+from torch.overrides import get_overridable_functions, resolve_name
+
+from wsfed.errors import PointerError, ValueNeeded
+from wsfed.ops import refused
+
+if TYPE_CHECKING:
+    from wsfed.pointers.pointer import Pointer
+
+__all__ = ["LOCAL"]
+
+_OFF = torch._C.DisableTorchFunctionSubclass
+_T = torch.Tensor
+
+
+def _metadata(function: Callable[..., Any]) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        pointer = args[0] if args else next(iter(kwargs.values()))
+        if pointer.__dict__.get("_meta", True) is None:
+            raise ValueNeeded(
+                getattr(function, "__name__", "this"),
+                repr(pointer),
+                "its shape depends on values: write `await pointer.resolve()` first",
+            )
+        with _OFF():
+            return function(*args, **kwargs)
+
+    return answer
+
+
+def _value(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    wanted = name.rsplit(".", 1)[-1].strip("_") + "()"
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        from wsfed.pointers.pointer import Pointer
+
+        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Pointer))
+        if not first._handle.link.blocking:
+            raise ValueNeeded(wanted, repr(first))
+        here = [a.get().detach() if isinstance(a, Pointer) else a for a in args]
+        there = {k: a.get().detach() if isinstance(a, Pointer) else a for k, a in kwargs.items()}
+        return function(*here, **there)
+
+    return answer
+
+
+def _on(kind: str) -> Callable[[Any], bool]:
+    return lambda pointer: pointer._handle.link.device.type == kind
+
+
+def _no_pickle(*_: Any, **__: Any) -> Any:
+    raise PointerError("a pointer cannot be pickled: it means something in this session only")
+
+
+def _cpu(pointer: Pointer, *_: Any, **__: Any) -> Pointer:
+    if pointer._handle.link.device.type != "cpu":
+        raise PointerError("a pointer stays on its worker's device; write `await pointer.get()`")
+    return pointer
+
+
+# --- torch.nn.init, whose functions are intercepted whole ------------------------------------------------
+
+
+@torch.no_grad()
+def _uniform(tensor: Any, a: float = 0.0, b: float = 1.0, generator: Any = None) -> Any:
+    return tensor.uniform_(a, b)
+
+
+@torch.no_grad()
+def _normal(tensor: Any, mean: float = 0.0, std: float = 1.0, generator: Any = None) -> Any:
+    return tensor.normal_(mean, std)
+
+
+@torch.no_grad()
+def _constant(tensor: Any, val: float) -> Any:
+    return tensor.fill_(val)
+
+
+@torch.no_grad()
+def _kaiming_uniform(
+    tensor: Any,
+    a: float = 0,
+    mode: str = "fan_in",
+    nonlinearity: str = "leaky_relu",
+    generator: Any = None,
+) -> Any:
+    """He et al. 2015, as torch.nn.init has it: uniform in ±gain·sqrt(3 / fan)."""
+    if 0 in tensor.shape:
+        return tensor
+    fan = nn.init._calculate_correct_fan(tensor, mode)  # type: ignore[arg-type]
+    gain = nn.init.calculate_gain(nonlinearity, a)  # type: ignore[arg-type]
+    bound = 3**0.5 * (gain / fan**0.5)
+    return tensor.uniform_(-bound, bound)
+
+
+def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        everything = [f for group in get_overridable_functions().values() for f in group]
+    table: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for function in everything:
+        name = resolve_name(function) or ""
+        if name in refused.LOCAL:
+            table[function] = _metadata(function)
+        elif name.rsplit(".", 1)[-1] in _VALUES:
+            table[function] = _value(function, name)
+    for kind in ("cpu", "cuda", "xpu", "mps", "meta", "mtia", "ipu", "maia", "vulkan", "xla"):
+        attribute = getattr(_T, f"is_{kind}", None)
+        if attribute is not None:
+            table[attribute.__get__] = _on(kind)
+    table[_T.device.__get__] = lambda pointer: pointer._handle.link.device  # type: ignore[attr-defined]
+    table[_T.requires_grad.__get__] = lambda pointer: pointer._requires_grad()  # type: ignore[attr-defined]
+    table[_T.is_leaf.__get__] = lambda pointer: pointer._is_leaf()  # type: ignore[attr-defined]
+    table[_T.grad_fn.__get__] = lambda pointer: pointer._grad_fn()  # type: ignore[attr-defined]
+    table[_T.grad.__get__] = lambda pointer: pointer._get_grad()  # type: ignore[attr-defined]
+    table[_T.grad.__set__] = lambda pointer, value: pointer._set_grad(value)  # type: ignore[attr-defined]
+    table[_T.grad.__delete__] = lambda pointer: pointer._set_grad(None)  # type: ignore[attr-defined]
+    table[_T.backward] = lambda pointer, *args, **kwargs: pointer._backward(*args, **kwargs)
+    table[_T.retain_grad] = lambda pointer: pointer._retain_grad()
+    table[_T.__deepcopy__] = lambda pointer, memo: pointer._deepcopy(memo)
+    table[_T.__reversed__] = lambda pointer: pointer.flip(0) if pointer.ndim else pointer
+    table[_T.__reduce_ex__] = _no_pickle
+    table[_T.cpu] = _cpu
+    table[torch.autograd.grad] = _autograd_grad
+    table[nn.init.uniform_] = _uniform
+    table[nn.init.normal_] = _normal
+    table[nn.init.constant_] = _constant
+    table[nn.init.kaiming_uniform_] = _kaiming_uniform
+    return table
+
+
+def _autograd_grad(*_: Any, **__: Any) -> Any:
+    raise PointerError(
+        "torch.autograd.grad is not carried to workers yet: write loss.backward() and read p.grad"
+    )
+
+
+#: Functions whose result is a value of Python's.
+_VALUES: Final = frozenset(
+    "item tolist numpy equal allclose is_nonzero __bool__ __float__ __int__ __index__ __long__ "
+    "__complex__ __nonzero__ __contains__ __array__".split()
+)
+#: Answered without a command, by torch's function.
+LOCAL: Final = _build()

@@ -1,0 +1,275 @@
+"""Modules, and lists, tuples and dictionaries of tensors: to a worker, home, and between workers.
+
+A module goes in place: ``torch.utils.swap_tensors`` exchanges what is inside each Parameter and
+buffer, so whoever holds one (an optimizer, another module that shares it) holds the right one
+afterwards.
+"""
+
+from __future__ import annotations
+
+import copy as copy_module
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from wsfed.errors import PointerError
+from wsfed.pointers.link import Link, link_of
+from wsfed.pointers.pointer import Pointer, make_pointer, make_sent
+
+__all__ = ["copy", "get", "move", "send"]
+
+_OFF = torch._C.DisableTorchFunctionSubclass
+
+
+def send(value: Any, worker: Any) -> Any:
+    """Send a tensor, a module, or a list, tuple or dictionary of them. Does not wait.
+
+    Args:
+        value: a module is sent in place and returned; gradients that are there go along. What is
+            on another worker already is moved.
+        worker: where to.
+
+    Raises:
+        TypeError: nothing of it can be sent.
+        PointerError: a local backward pass still needs the module's parameters.
+    """
+    link = link_of(worker)
+    if isinstance(value, nn.Module):
+        with _unlocked(value):
+            for tensor in _tensors(value):
+                _send_in_place(tensor, link)
+        return value
+    if isinstance(value, torch.optim.Optimizer):
+        raise TypeError("an optimizer needs no sending: its state follows its parameters")
+    return _each(value, lambda tensor: _sent(tensor, link))
+
+
+def get(value: Any, *, grads: bool = True) -> Any:
+    """Bring home a pointer, a module, an optimizer's state, or a collection of pointers.
+
+    Args:
+        value: a module or an optimizer comes home in place.
+        grads: whether the gradients of a module's parameters come, too; without them ``p.grad``
+            is ``None`` afterwards, and half the bytes travel.
+
+    Returns:
+        An awaitable of the result whose requests have left; in the blocking world the result.
+    """
+    if isinstance(value, nn.Module):
+        return _finish(_ask_in_place(_tensors(value), grads), lambda: value)
+    if isinstance(value, torch.optim.Optimizer):
+        return _get_state(value)
+    return _get_each(value)
+
+
+def move(value: Any, worker: Any) -> Any:
+    """Move a pointer, a module or a collection of pointers to another worker. Does not wait."""
+    link = link_of(worker)
+    if isinstance(value, nn.Module):
+        return send(value, worker)
+    return _each(value, lambda tensor: _pointer(tensor).move(worker), link)
+
+
+def copy(value: Any, worker: Any = None) -> Any:
+    """An independent copy, where it is or on another worker. Does not wait."""
+    if isinstance(value, nn.Module):
+        made = copy_module.deepcopy(value)
+        return made if worker is None else send(made, worker)
+    return _each(value, lambda tensor: _pointer(tensor).copy(worker))
+
+
+# --- collections -----------------------------------------------------------------------------------------
+
+
+def _each(value: Any, work: Callable[[torch.Tensor], Any], *_: Any) -> Any:
+    leaves, spec = pytree.tree_flatten(value)
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise TypeError(f"{type(value).__name__} is no tensor, module or collection of tensors")
+    made = [work(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(made, spec)
+
+
+def _sent(tensor: torch.Tensor, link: Link) -> Pointer:
+    if isinstance(tensor, Pointer):
+        return tensor if tensor._handle.link is link else tensor._transfer(link)
+    return make_sent(link, tensor)
+
+
+def _pointer(tensor: torch.Tensor) -> Pointer:
+    if not isinstance(tensor, Pointer):
+        raise PointerError("this tensor is local; send it first")
+    return tensor
+
+
+def _get_each(value: Any) -> Any:
+    leaves, spec = pytree.tree_flatten(value)
+    if not any(isinstance(leaf, Pointer) for leaf in leaves):
+        raise TypeError(f"there is no pointer in this {type(value).__name__}")
+    links = [leaf._handle.link for leaf in leaves if isinstance(leaf, Pointer)]
+    asked = [
+        leaf._handle.link.fetch(leaf._handle.id) if isinstance(leaf, Pointer) else None
+        for leaf in leaves
+    ]
+
+    async def gather() -> Any:
+        values = [
+            leaf if future is None else await future
+            for leaf, future in zip(leaves, asked, strict=True)
+        ]
+        return pytree.tree_unflatten(values, spec)
+
+    return links[0].run(gather())
+
+
+# --- modules -----------------------------------------------------------------------------------------------
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, each once, however often it is shared."""
+    found: dict[int, torch.Tensor] = {}
+    for each in module.modules():
+        for tensor in (*each._parameters.values(), *each._buffers.values()):
+            if tensor is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
+
+
+@contextmanager
+def _unlocked(module: nn.Module) -> Iterator[None]:
+    """While this lasts, recurrent layers hold no weak references to their weights."""
+    recurrent = [each for each in module.modules() if isinstance(each, nn.RNNBase)]
+    for each in recurrent:
+        each._flat_weight_refs = []
+    try:
+        yield
+    finally:
+        for each in recurrent:
+            each._init_flat_weights()
+
+
+def _send_in_place(tensor: torch.Tensor, link: Link) -> None:
+    if isinstance(tensor, Pointer):
+        if tensor._handle.link is not link:
+            _swap(tensor, _with_grad(tensor._transfer(link), tensor.grad, link))
+        return
+    with torch.no_grad():
+        pointer = make_sent(link, tensor)
+    _swap(tensor, _with_grad(pointer, tensor.grad, link))
+
+
+def _with_grad(pointer: Pointer, grad: torch.Tensor | None, link: Link) -> Pointer:
+    if grad is not None:
+        pointer.grad = _sent(grad, link)
+    return pointer
+
+
+def _swap(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Put into ``tensor`` what is in ``other``, keeping what a program has attached to it."""
+    if isinstance(tensor, nn.Parameter):
+        if isinstance(other, Pointer):
+            other.__dict__["_is_param"] = True
+        elif not isinstance(other, nn.Parameter):
+            other = _parameter(other)
+    for name, value in tensor.__dict__.items():
+        if name not in _OWN:
+            other.__dict__[name] = value
+    try:
+        torch.utils.swap_tensors(tensor, other)
+    except RuntimeError as error:
+        raise PointerError(
+            "this module's parameters are part of a local graph (a loss or a hook that is still "
+            f"held) or weakly referenced, so they cannot be exchanged: {error}"
+        ) from None
+
+
+#: What belongs to a pointer and not to the program.
+_OWN = frozenset({"_handle", "_meta", "_node", "_grad_pointer", "_view_of", "_is_param"})
+
+
+def _parameter(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach(), requires_grad=value.requires_grad)
+
+
+def _ask_in_place(
+    tensors: list[torch.Tensor], grads: bool
+) -> list[tuple[Pointer, Awaitable[torch.Tensor], Awaitable[torch.Tensor] | None]]:
+    asked = []
+    for tensor in tensors:
+        if isinstance(tensor, Pointer):
+            link = tensor._handle.link
+            grad = tensor.grad if grads else None
+            asked.append(
+                (
+                    tensor,
+                    link.fetch(tensor._handle.id),
+                    None if grad is None else link.fetch(_pointer(grad)._handle.id),
+                )
+            )
+    return asked
+
+
+def _finish(asked: list[Any], result: Callable[[], Any]) -> Any:
+    """Wait for all values, and only then put the first one in its place."""
+    if not asked:
+        raise PointerError("nothing of this is on a worker")
+    link = asked[0][0]._handle.link
+    module = result()
+
+    async def bring_home() -> Any:
+        values = [
+            (pointer, await value, None if grad is None else await grad)
+            for pointer, value, grad in asked
+        ]
+        with _unlocked(module) if isinstance(module, nn.Module) else _nothing():
+            for pointer, value, grad in values:
+                requires_grad = pointer._known().requires_grad and pointer._known().is_leaf
+                home = value.detach().requires_grad_(requires_grad)
+                home.grad = grad
+                _swap_home(pointer, home)
+        return module
+
+    return link.run(bring_home())
+
+
+def _swap_home(pointer: Pointer, value: torch.Tensor) -> None:
+    if not isinstance(pointer, nn.Parameter):
+        _swap(pointer, value)
+        return
+    home = _parameter(value)
+    home.grad = value.grad
+    _swap(pointer, home)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _get_state(optimizer: torch.optim.Optimizer) -> Any:
+    places = [
+        (state, name)
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, Pointer)
+    ]
+    if not places:
+        raise PointerError("nothing of this optimizer's state is on a worker")
+    asked = [
+        (state, name, state[name]._handle.link.fetch(state[name]._handle.id))
+        for state, name in places
+    ]
+    link = places[0][0][places[0][1]]._handle.link
+
+    async def bring_home() -> torch.optim.Optimizer:
+        values = [await future for *_, future in asked]
+        for (state, name, _), value in zip(asked, values, strict=True):
+            state[name] = value
+        return optimizer
+
+    return link.run(bring_home())
+
+

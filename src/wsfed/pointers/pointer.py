@@ -1,0 +1,386 @@
+"""The pointer: a ``torch.Tensor`` without values here, and a tensor with values there.
+
+Its payload is a meta tensor, so shape, dtype and strides are local and exact. Every torch function
+on it becomes one command to its worker (:mod:`wsfed.pointers.calls`), and gives pointers again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+
+from wsfed.errors import PointerError
+from wsfed.pointers import calls
+from wsfed.pointers.autograd import Node, mark
+from wsfed.pointers.handle import Handle
+from wsfed.pointers.link import Link, link_of
+from wsfed.pointers.local import LOCAL
+from wsfed.pointers.shapes import Meta, intern_meta
+from wsfed.pointers.site import capture_site
+from wsfed.protocol import messages as m
+from wsfed.protocol.values import REF
+from wsfed.tensors import DTYPES
+
+__all__ = ["Pointer", "make_pointer"]
+
+_OFF = torch._C.DisableTorchFunctionSubclass
+_empty = torch.empty_strided
+
+
+class Pointer(torch.Tensor):
+    """A tensor on a worker. Made by ``worker.send(tensor)`` and by operations on pointers.
+
+    In the blocking world (``wsfed.sync``) what is awaited here returns its result.
+    """
+
+    _handle: Handle
+    _meta: Meta | None
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Every torch function that meets a pointer comes here."""
+        local = LOCAL.get(func)
+        if local is not None:
+            return local(*args, **(kwargs or {}))
+        return calls.call(func, args, kwargs or {})
+
+    # --- where it is ---
+
+    @property
+    def location(self) -> Any:
+        """The worker that has the tensor."""
+        return self._handle.link.worker
+
+    @property
+    def id_at_location(self) -> int:
+        """The tensor's identifier there."""
+        return self._handle.id
+
+    @property
+    def owner(self) -> str:
+        """Who holds the pointer: this program, which PySyft's tutorials call ``me``."""
+        return "me"
+
+    def is_alive(self) -> bool:
+        """Whether the session still exists."""
+        return not self._handle.link.closed
+
+    # --- bringing it back and sending it on ---
+
+    def get(self) -> Any:
+        """The value: an awaitable whose request has left already. The pointer stays good.
+
+        Raises (when awaited):
+            RemoteError: an operation that led to it failed; the error names its line.
+            GetNotPermitted: it holds rows of a private data set.
+            ConnectionLost, SessionLost: the worker is gone.
+        """
+        link = self._handle.link
+        return link.settle(link.fetch(self._handle.id, capture_site()))
+
+    def __await__(self) -> Generator[Any, None, torch.Tensor]:
+        if self._handle.link.blocking:
+            raise PointerError("this pointer is of a blocking worker: write pointer.get()")
+        waiting: Generator[Any, None, torch.Tensor] = self.get().__await__()
+        return waiting
+
+    def move(self, worker: Any) -> Pointer:
+        """A pointer to the tensor on another worker; operations there wait for it to arrive."""
+        to = link_of(worker)
+        if to is self._handle.link:
+            return self
+        return self._transfer(to)
+
+    def copy(self, worker: Any = None) -> Pointer:
+        """An independent copy, on the same worker or on another one: a leaf of its own."""
+        if worker is None or link_of(worker) is self._handle.link:
+            return self._clone()
+        return self._transfer(link_of(worker))
+
+    def _transfer(self, to: Link) -> Pointer:
+        meta = self._known()
+        id = to.new_id()
+        self._handle.link.transfer([self._handle.id], to, [id])
+        return make_pointer(to, id, meta.shape, meta.dtype, requires_grad=meta.requires_grad)
+
+    def _clone(self) -> Pointer:
+        link, meta = self._handle.link, self._known()
+        id = link.new_id()
+        link.issue(m.Clone(self._handle.id, id).wire(), capture_site())
+        return _make(link, id, intern_meta(meta.shape, _dense(meta), meta.dtype, meta.requires_grad, True))
+
+    def tag(self, *tags: str) -> Pointer:
+        """Add tags, by which a search finds the tensor."""
+        self._handle.link.issue(m.Tag(self._handle.id, list(tags), "").wire(), capture_site())
+        return self
+
+    def describe(self, text: str) -> Pointer:
+        """Add a description."""
+        self._handle.link.issue(m.Tag(self._handle.id, [], text).wire(), capture_site())
+        return self
+
+    def resolve(self) -> Any:
+        """Ask the worker for the shape, where it depends on values; gives the pointer."""
+        link = self._handle.link
+        asked = link.ask(lambda request: m.Describe(request, self._handle.id).wire(), capture_site())
+
+        async def learn() -> Pointer:
+            told = await asked
+            self._set_meta(
+                intern_meta(
+                    tuple(told["shape"]),
+                    tuple(told["stride"]),
+                    DTYPES[told["dtype"]],
+                    told["requires_grad"],
+                    told["is_leaf"],
+                )
+            )
+            return self
+
+        return link.run(learn())
+
+    # --- autograd ---
+
+    def _requires_grad(self) -> bool:
+        return self._known().requires_grad
+
+    def _is_leaf(self) -> bool:
+        return self._known().is_leaf
+
+    def _grad_fn(self) -> Node | None:
+        return None if self._known().is_leaf else self._graph_node()
+
+    def _graph_node(self) -> Node:
+        """The node of a pointer that requires grad; a leaf gets one when it is first needed."""
+        node: Node | None = self.__dict__.get("_node")
+        if node is None:
+            node = self.__dict__["_node"] = Node()
+        return node
+
+    def _depends_on(self, node: Node) -> None:
+        """Something was written into a view of this tensor."""
+        meta = self._known()
+        own = (self._graph_node(),) if meta.requires_grad else ()
+        self.__dict__["_node"] = Node((*own, node))
+        self._set_meta(intern_meta(meta.shape, meta.stride, meta.dtype, True, False))
+
+    def _get_grad(self) -> Pointer | None:
+        node: Node | None = self.__dict__.get("_node")
+        if node is None or not node.has_grad:
+            return None
+        kept = self.__dict__.get("_grad_pointer")
+        if kept is not None and kept[0] == node.generation:
+            found: Pointer = kept[1]
+            return found
+        link, meta = self._handle.link, self._known()
+        id = link.new_id()
+        link.issue(
+            [m.Execute.code, "torch.Tensor.grad.__get__", [id], [[REF, self._handle.id]], {}, 0],
+            capture_site(),
+        )
+        made = _make(link, id, intern_meta(meta.shape, meta.stride, meta.dtype, False, True))
+        self.__dict__["_grad_pointer"] = (node.generation, made)
+        return made
+
+    def _set_grad(self, value: torch.Tensor | None) -> None:
+        if value is None and not self._graph_node().has_grad:
+            return
+        if value is not None and not isinstance(value, Pointer):
+            value = make_sent(self._handle.link, value)
+        self._check_grad(value)
+        wire = None if value is None else [REF, value._handle.id]
+        self._handle.link.issue(
+            [m.Execute.code, "torch.Tensor.grad.__set__", [], [[REF, self._handle.id], wire], {}, 0],
+            capture_site(),
+        )
+        node = self._graph_node()
+        node.has_grad = value is not None
+        self.__dict__["_grad_pointer"] = None if value is None else (node.generation, value)
+
+    def _check_grad(self, value: Pointer | None) -> None:
+        if value is None:
+            return
+        if value._handle.link is not self._handle.link:
+            raise PointerError("a gradient has to be on the worker of its tensor")
+        if value._known().shape != self._known().shape:
+            raise RuntimeError(
+                f"assigned grad has data of a different size: {list(value._known().shape)}, "
+                f"not {list(self._known().shape)}"
+            )
+
+    def _backward(
+        self,
+        gradient: torch.Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
+    ) -> None:
+        meta, link = self._known(), self._handle.link
+        if not meta.requires_grad:
+            raise RuntimeError(
+                "element 0 of tensors does not require grad and does not have a grad_fn"
+            )
+        if gradient is None and torch.Size(meta.shape).numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        if isinstance(inputs, torch.Tensor):
+            inputs = [inputs]
+        only = None if inputs is None else [_pointer_of(each) for each in inputs]
+        if gradient is not None and not isinstance(gradient, Pointer):
+            gradient = make_sent(link, gradient)
+        command = m.Backward(
+            [self._handle.id],
+            None if gradient is None else [_pointer_of(gradient)._handle.id],
+            retain_graph,
+            create_graph,
+            None if only is None else [each._handle.id for each in only],
+            0,
+        )
+        link.issue(command.wire(), capture_site())
+        nodes = None if only is None else {each._graph_node() for each in only}
+        mark([self._graph_node()], only=nodes, create_graph=create_graph)
+
+    def _retain_grad(self) -> None:
+        self._graph_node().retains = True
+        self._handle.link.issue(
+            [m.Execute.code, "torch.Tensor.retain_grad", [], [[REF, self._handle.id]], {}, 0],
+            capture_site(),
+        )
+
+    # --- metadata ---
+
+    def _known(self) -> Meta:
+        meta: Meta | None = self.__dict__["_meta"]
+        if meta is None:
+            self.size()  # raises
+            raise AssertionError("unreachable")
+        return meta
+
+    def _set_meta(self, meta: Meta) -> None:
+        old: Meta | None = self.__dict__["_meta"]
+        self.__dict__["_meta"] = meta
+        if old is None or (old.shape, old.stride, old.dtype) != (meta.shape, meta.stride, meta.dtype):
+            with _OFF():
+                self.data = _empty(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+
+    # --- Python around it ---
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        handle, meta = self._handle, self.__dict__.get("_meta")
+        what = (
+            "unresolved"
+            if meta is None
+            else f"{str(meta.dtype).removeprefix('torch.')}{list(meta.shape)}"
+        )
+        grad = ", requires_grad=True" if meta is not None and meta.requires_grad else ""
+        return f"<Pointer {handle.link.worker.id}:{handle.id} {what}{grad}>"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __copy__(self) -> Pointer:
+        made = _make(self._handle.link, 0, self.__dict__["_meta"], self._handle)
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def _deepcopy(self, memo: dict[int, Any]) -> Pointer:
+        if id(self) in memo:
+            known: Pointer = memo[id(self)]
+            return known
+        if not self._known().is_leaf:
+            raise RuntimeError(
+                "Only Tensors created explicitly by the user (graph leaves) support the deepcopy "
+                "protocol at the moment."
+            )
+        made = memo[id(self)] = self._clone()
+        if self.__dict__.get("_is_param"):
+            made.__dict__["_is_param"] = True
+        return made
+
+    def new_tensor(self, data: Any, **options: Any) -> torch.Tensor:
+        """A local tensor of this dtype; it travels along when it meets a pointer."""
+        return torch.tensor(data, **self._like(options))
+
+    def new_zeros(self, *size: Any, **options: Any) -> torch.Tensor:
+        """As :meth:`new_tensor`."""
+        return torch.zeros(*size, **self._like(options))
+
+    def new_ones(self, *size: Any, **options: Any) -> torch.Tensor:
+        """As :meth:`new_tensor`."""
+        return torch.ones(*size, **self._like(options))
+
+    def new_full(self, size: Any, fill_value: Any, **options: Any) -> torch.Tensor:
+        """As :meth:`new_tensor`."""
+        return torch.full(size, fill_value, **self._like(options))
+
+    def _like(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"dtype": self._known().dtype, **options, "device": "cpu"}
+
+
+def _pointer_of(tensor: torch.Tensor) -> Pointer:
+    if not isinstance(tensor, Pointer):
+        raise PointerError("a local tensor is no part of a graph on a worker; send it first")
+    return tensor
+
+
+def _dense(meta: Meta) -> tuple[int, ...]:
+    with _OFF():
+        there = _empty(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+        return torch.empty_like(there).stride()
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _make(link: Link, id: int, meta: Meta | None, handle: Handle | None = None) -> Pointer:
+    """A pointer; ``meta`` is ``None`` while the shape is not known."""
+    if meta is None:
+        made: Any = _empty((0,), (1,), device="meta")
+    else:
+        made = _empty(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+    made.__class__ = Pointer
+    state = made.__dict__
+    state["_handle"] = handle or Handle(link, id)
+    state["_meta"] = meta
+    pointer: Pointer = made
+    return pointer
+
+
+def make_pointer(
+    link: Link,
+    id: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    requires_grad: bool = False,
+) -> Pointer:
+    """A pointer to a contiguous leaf that the worker has, or will have, under ``id``."""
+    meta = intern_meta(tuple(shape), _contiguous(shape), dtype, requires_grad, True)
+    return _make(link, id, meta)
+
+
+def make_sent(link: Link, tensor: torch.Tensor) -> Pointer:
+    """Send a local tensor; the pointer to it is a leaf with the same ``requires_grad``."""
+    id = link.new_id()
+    link.store(id, tensor, tensor.requires_grad, capture_site())
+    return make_pointer(link, id, tensor.shape, tensor.dtype, requires_grad=tensor.requires_grad)
+
+
+calls.register(Pointer, _make)

@@ -1,0 +1,58 @@
+"""The user's own line behind an operation: captured for each one, made readable when needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import CodeType
+from typing import Final, TypeAlias
+
+import torch
+
+__all__ = ["Site", "capture_site", "describe_site"]
+
+#: A code object and the instruction in it; the line is looked up only for an error.
+Site: TypeAlias = tuple[CodeType, int]
+
+_OURS: Final = (
+    str(Path(__file__).parent.parent) + "/",
+    str(Path(torch.__file__).parent) + "/",
+    "<frozen ",
+)
+#: Whether a code object is torch's or wsfed's. Code objects live as long as their functions.
+_SKIPPED: dict[CodeType, bool] = {}
+_MOST: Final = 50_000
+
+
+def capture_site() -> Site | None:
+    """Where the innermost code stands that is neither torch's nor wsfed's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        skip = _SKIPPED.get(code)
+        if skip is None:
+            skip = _remember(code)
+        if not skip:
+            return code, frame.f_lasti
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _remember(code: CodeType) -> bool:
+    if len(_SKIPPED) >= _MOST:
+        _SKIPPED.clear()
+    skip = code.co_filename.startswith(_OURS) or code.co_filename.endswith("/contextlib.py")
+    _SKIPPED[code] = skip
+    return skip
+
+
+def describe_site(site: Site | None) -> str:
+    """``file:line`` of a site, ``""`` where there is none."""
+    if site is None:
+        return ""
+    code, instruction = site
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if start <= instruction < end and number is not None:
+            line = number
+    return f"{code.co_filename}:{line}"

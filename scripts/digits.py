@@ -40,9 +40,7 @@ class Rows:
 def load(seed: int = 0) -> tuple[Rows, Rows]:
     """Training rows and held-out rows."""
     bunch = load_digits()
-    rows = Rows(
-        (bunch.images / 16.0).astype(np.float32)[:, None], bunch.target.astype(np.int64)
-    )
+    rows = Rows((bunch.images / 16.0).astype(np.float32)[:, None], bunch.target.astype(np.int64))
     order = np.random.default_rng(seed).permutation(len(rows))
     held_out = round(len(rows) * TEST_FRACTION)
     return rows.take(order[held_out:]), rows.take(order[:held_out])

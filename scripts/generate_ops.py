@@ -51,7 +51,7 @@ ALSO: Final = frozenset(
         "Tensor.new_zeros Tensor.unflatten _C._nn.pad_sequence _pack_padded_sequence "
         "_pad_packed_sequence _weight_norm autograd.grad fill nn.functional.hardsigmoid "
         "nn.functional.hardswish nn.functional.sigmoid nn.functional.tanh nn.functional.upsample "
-        "nn.functional.upsample_bilinear nn.functional.upsample_nearest normal rand_like "
+        "nn.functional.upsample_bilinear nn.functional.upsample_nearest mm normal rand_like "
         "randint_like randn_like vander"
     ).split()
 ) | frozenset(f"torch.{name}" for name in dir(torch) if name.startswith("_foreach_"))
@@ -61,29 +61,31 @@ ROWS: Final = frozenset(
     """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices
-    adaptive_max_pool3d adaptive_max_pool3d_with_indices alias alpha_dropout amax amin aminmax
-    argsort argwhere atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d batch_norm
-    bfloat16 bincount block_diag bool broadcast_tensors bucketize byte cartesian_prod cat cdouble
-    cfloat chalf channel_shuffle char chunk clone column_stack combinations complex concat
-    concatenate constant_pad_nd contiguous copy cpu cross cummax cummin cumprod cumsum
-    cumulative_trapezoid data detach diag diag_embed diagflat diagonal_scatter diff double dropout
-    dropout1d dropout2d dropout3d dsplit dstack einsum embedding feature_alpha_dropout
-    feature_dropout fft fft2 fftn fftshift fill fill_diagonal flip fliplr flipud float fold frexp
-    full_like gather ger gradient grad grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
-    group_norm half hardswish hardtanh hfft hfft2 hfftn histc histogram histogramdd hsplit hstack ifft ifft2
-    ifftn ifftshift ihfft ihfft2 ihfftn index index_add index_copy index_fill index_put index_reduce
-    index_select instance_norm int interpolate irfft irfft2 irfftn isin kron kthvalue layer_norm
-    local_response_norm log_softmax logcumsumexp logsigmoid long lp_pool1d lp_pool2d lp_pool3d
-    masked_fill masked_scatter masked_select max max_pool1d max_pool1d_with_indices max_pool2d
-    max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool1d max_unpool2d
-    max_unpool3d maximum median meshgrid min minimum mode moveaxis movedim msort nanmedian
-    nanquantile narrow_copy native_channel_shuffle native_dropout native_group_norm
-    native_layer_norm new_full new_tensor nonzero normalize one_hot outer pack_padded_sequence pad
-    pad_packed_sequence pad_sequence pixel_shuffle pixel_unshuffle positive put quantile ravel
-    renorm repeat repeat_interleave reshape reshape_as rfft rfft2 rfftn rms_norm roll rot90
-    row_stack scatter scatter_add scatter_reduce searchsorted select_scatter setitem getitem short
-    slice_scatter softmax softmin sort split stack take take_along_dim tanhshrink tensor_split
-    tile to topk trapezoid trapz tril triu type type_as unflatten unfold unique
+    adaptive_max_pool3d adaptive_max_pool3d_with_indices alpha_dropout amax amin aminmax argsort
+    argwhere atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d batch_norm
+    bfloat16 bincount block_diag bool broadcast_tensors bucketize byte cartesian_prod cat
+    cdouble cfloat chalf channel_shuffle char chunk clone column_stack combinations complex
+    concat concatenate constant_pad_nd contiguous copy cpu cross cummax cummin cumprod cumsum
+    cumulative_trapezoid data detach diag diag_embed diagflat diagonal_scatter diff double
+    dropout dropout1d dropout2d dropout3d dsplit dstack einsum embedding feature_alpha_dropout
+    feature_dropout fft fft2 fftn fftshift fill fill_diagonal flip fliplr flipud float
+    floor_divide fold frexp full_like gather ger getitem grad gradient grid_sample grid_sampler
+    grid_sampler_2d grid_sampler_3d group_norm half hardswish hardtanh hfft hfft2 hfftn
+    hinge_embedding_loss histc histogram histogramdd hsplit hstack ifft ifft2 ifftn ifftshift
+    ihfft ihfft2 ihfftn index index_add index_copy index_fill index_put index_reduce
+    index_select instance_norm int interpolate irfft irfft2 irfftn isclose isin isreal kron
+    kthvalue layer_norm local_response_norm log_softmax logcumsumexp logsigmoid long lp_pool1d
+    lp_pool2d lp_pool3d lu lu_factor lu_factor_ex lu_unpack masked_fill masked_scatter
+    masked_select max max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices
+    max_pool3d max_pool3d_with_indices max_unpool1d max_unpool2d max_unpool3d maximum median
+    meshgrid min minimum mode moveaxis movedim msort nanmedian nanquantile narrow_copy
+    native_channel_shuffle native_dropout native_group_norm native_layer_norm ndtr new_full
+    new_tensor nonzero normalize one_hot outer pack_padded_sequence pad pad_packed_sequence
+    pad_sequence pixel_shuffle pixel_unshuffle polar positive prelu put quantile ravel renorm
+    repeat repeat_interleave reshape reshape_as rfft rfft2 rfftn rms_norm roll rot90 row_stack
+    scatter scatter_add scatter_reduce searchsorted select_scatter setitem short slice_scatter
+    softmax softmin softsign sort split stack take take_along_dim tanhshrink tensor_split tile
+    to topk trapezoid trapz triangular_solve tril triu type type_as unflatten unfold unique
     unique_consecutive unsafe_chunk unsafe_split unsafe_split_with_sizes upsample
     upsample_bilinear upsample_nearest vander vsplit vstack where zero
     """.split()  # noqa: SIM905
@@ -168,7 +170,7 @@ def overloads(name: str) -> Iterator[torch._ops.OpOverload]:
 def holds_rows(name: str) -> bool:
     """Whether results hold rows of an argument."""
     word = base(name)
-    if word in ROWS or word.removesuffix("_copy") in ROWS or name.endswith(PROPERTIES):
+    if word in ROWS or word.endswith("_copy") or name.endswith(PROPERTIES):
         return True
     return any(torch.Tag.pointwise in each.tags or _is_view(each) for each in overloads(name))
 
@@ -187,11 +189,10 @@ def draws(name: str) -> bool:
 def stale() -> list[str]:
     """Words of the lists above that belong to no operation."""
     words = {base(name) for name in allowed()}
-    words |= {word.removesuffix("_copy") for word in words}
     return sorted((ROWS | RANDOM) - words)
 
 
-# --- the file ------------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 
 HEAD: Final = '''"""What a worker may be asked to run. Generated by scripts/generate_ops.py; do not edit."""
 

@@ -52,12 +52,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ports", nargs="*", type=int, help="their ports (default 0 for each: any free one)"
     )
     parser.add_argument(
-        "--data", nargs="*", default=["digits"], metavar="FILE",
+        "--data",
+        nargs="*",
+        default=["digits"],
+        metavar="FILE",
         help="'digits' (scikit-learn's, cut into parts), or one file for each worker",
     )
     parser.add_argument("--split", choices=("iid", "label"), default="iid", help="of the digits")
-    parser.add_argument("--folder", type=Path, default=CHECKOUT / "runs" / "data",
-                        help="where the parts are written (default runs/data)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=CHECKOUT / "runs" / "data",
+        help="where the parts are written (default runs/data)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads a worker (default 1)")
     parser.add_argument("--json-file", type=Path, help="write the JSON there, too")
     parser.add_argument("--until-eof", action="store_true", help="stop when stdin is closed")
@@ -95,7 +102,10 @@ async def serve(options: argparse.Namespace) -> None:
             await ready(process, id, file)
             for process, id, file in zip(processes, options.ids, files, strict=True)
         ]
-        tell({"workers": workers, "dataset": dataset_name(options.ids[0], files[0]), "test": test}, options)
+        tell(
+            {"workers": workers, "dataset": dataset_name(options.ids[0], files[0]), "test": test},
+            options,
+        )
         dead = [asyncio.ensure_future(process.wait()) for process in processes]
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait([stopped, *dead], return_when=asyncio.FIRST_COMPLETED)
@@ -112,7 +122,9 @@ def prepare(options: argparse.Namespace) -> tuple[list[str], str | None]:
     train, test = digits.load()
     folder = options.folder.resolve()
     files = []
-    for id, part in zip(options.ids, digits.split(train, options.workers, options.split), strict=True):
+    for id, part in zip(
+        options.ids, digits.split(train, options.workers, options.split), strict=True
+    ):
         path = folder / f"{id}.npz"
         part.save(path)
         files.append(str(path))

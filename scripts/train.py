@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import digits
 import matplotlib
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
+import digits
 import wsfed
 from wsfed.federated.averaging import weighted_mean
 
@@ -164,7 +164,7 @@ def accuracy_of(model: nn.Module, rows: digits.Rows) -> float:
     return float((guesses == torch.from_numpy(rows.labels)).float().mean())
 
 
-# --- the program -------------------------------------------------------------------------------------
+# --- the program ---------------------------------------------------------------------------------
 
 
 async def run(started: dict[str, Any], options: argparse.Namespace, console: Console) -> int:
@@ -173,11 +173,14 @@ async def run(started: dict[str, Any], options: argparse.Namespace, console: Con
     model = build(options.model, options.seed)
     schedule = {"sequential": sequential, "concurrent": concurrent}[options.schedule]
     async with AsyncExitStack() as stack:
-        sites = [await open_site(each, number, started["dataset"], options, stack)
-                 for number, each in enumerate(started["workers"])]
+        sites = [
+            await open_site(each, number, started["dataset"], options, stack)
+            for number, each in enumerate(started["workers"])
+        ]
         shown = ", ".join(f"{site.worker.id} ({len(site.dataset)} rows)" for site in sites)
         console.print(f"{options.schedule} training of the {options.model} over {shown}")
-        history = await follow(schedule(model, sites, options), model, sites, test, options, console)
+        rounds = schedule(model, sites, options)
+        history = await follow(rounds, model, sites, test, options, console)
     if not options.no_baseline:
         baseline = accuracy_of(centralised(digits.load()[0], options), test)
         report(history, baseline, options, console)
@@ -186,7 +189,10 @@ async def run(started: dict[str, Any], options: argparse.Namespace, console: Con
 
 
 async def open_site(
-    told: dict[str, Any], number: int, dataset: str, options: argparse.Namespace,
+    told: dict[str, Any],
+    number: int,
+    dataset: str,
+    options: argparse.Namespace,
     stack: AsyncExitStack,
 ) -> Site:
     """Connect to a worker and look up its data set."""
@@ -198,23 +204,39 @@ async def open_site(
 
 async def follow(
     rounds: AsyncIterator[tuple[float, tuple[float, ...]]],
-    model: nn.Module, sites: Sequence[Site], test: digits.Rows, options: argparse.Namespace,
+    model: nn.Module,
+    sites: Sequence[Site],
+    test: digits.Rows,
+    options: argparse.Namespace,
     console: Console,
 ) -> list[Round]:
     """Go through the rounds with a progress bar."""
     history: list[Round] = []
-    columns = (TextColumn("round {task.completed}/{task.total}"), BarColumn(),
-               TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("round {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("rounds", total=options.rounds, state="")
         begun, before = time.perf_counter(), traffic(sites)
         async for loss, seconds in rounds:
             now, after = time.perf_counter(), traffic(sites)
-            this = Round(len(history) + 1, loss, accuracy_of(model, test), now - begun, seconds,
-                         after[0] - before[0], after[1] - before[1])
+            this = Round(
+                len(history) + 1,
+                loss,
+                accuracy_of(model, test),
+                now - begun,
+                seconds,
+                after[0] - before[0],
+                after[1] - before[1],
+            )
             history.append(this)
-            state = (f"loss {loss:.4f}  accuracy {this.accuracy:.4f}  "
-                     f"{(this.bytes_up + this.bytes_down) / 1e6:.2f} MB a round")
+            state = (
+                f"loss {loss:.4f}  accuracy {this.accuracy:.4f}  "
+                f"{(this.bytes_up + this.bytes_down) / 1e6:.2f} MB a round"
+            )
             progress.update(task, advance=1, state=state)
             begun, before = time.perf_counter(), after
     return history
@@ -239,7 +261,9 @@ def report(
     console.print(table)
     slowest = float(np.median([each.seconds / max(each.worker_seconds) for each in history]))
     whole = float(np.median([each.seconds / sum(each.worker_seconds) for each in history]))
-    console.print(f"a round took {slowest:.2f} of its slowest worker's time, {whole:.2f} of the sum")
+    console.print(
+        f"a round took {slowest:.2f} of its slowest worker's time, {whole:.2f} of their sum"
+    )
 
 
 def save(
@@ -316,8 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"[red]{options.workers_json}: {error}[/] (start_workers.py writes it)")
     except wsfed.WsfedError as error:
         console.print(f"[red]{error}[/]")
-    except* wsfed.WsfedError as group:  # one of several workers
-        console.print(f"[red]{group.exceptions[0]}[/]")
+    except BaseExceptionGroup as group:  # of the workers trained at once
+        failed, other = group.split(wsfed.WsfedError)
+        if failed is None or other is not None:
+            raise
+        console.print(f"[red]{failed.exceptions[0]}[/]")
     return 1
 
 

@@ -459,9 +459,7 @@ def check_exposure(host: str, *, tls: bool, token: bool, insecure: bool) -> str 
     """
     if is_loopback(host) or insecure or (tls and token):
         return None
-    missing = " and ".join(
-        word for word, there in (("TLS", tls), ("a token", token)) if not there
-    )
+    missing = " and ".join(word for word, there in (("TLS", tls), ("a token", token)) if not there)
     return (
         f"{host} can be reached from other machines, and {missing} is missing; give --tls-cert, "
         "--tls-key and --token-file, or say --insecure if every machine there is trusted"

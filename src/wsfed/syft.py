@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import nn
@@ -46,11 +46,11 @@ class TorchHook:
         AttributeError: torch has something of one of these names already.
     """
 
-    _hooked: list[TorchHook] = []
+    _hooked: ClassVar[list[TorchHook]] = []
 
     def __init__(self, torch: ModuleType) -> None:
         if not self._hooked:
-            for owner, name, value in _additions():
+            for owner, name, _ in _additions():
                 if name in vars(owner):
                     raise AttributeError(f"{owner.__name__} has a {name} already")
             for owner, name, value in _additions():
@@ -121,7 +121,7 @@ def _check_hook(hook: object) -> None:
         )
 
 
-# --- what the hook adds -----------------------------------------------------------------------------
+# --- what the hook adds --------------------------------------------------------------------------
 
 
 def _send(self: Any, worker: Worker) -> Any:

@@ -16,17 +16,14 @@ from __future__ import annotations
 
 import ssl as ssl_module
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
 from wsfed.client.background import background
 from wsfed.client.connection import Connection
-from wsfed.client.dataset import RemoteDataset
 from wsfed.client.virtual import VirtualWorker as _VirtualWorker
 from wsfed.client.worker import Worker as _Worker
 from wsfed.pointers.modules import copy, get, move, send
-from wsfed.pointers.pointer import Pointer
 from wsfed.transport.websocket import dial
 from wsfed.worker.datasets import Dataset
 
@@ -105,6 +102,4 @@ class VirtualWorker(_VirtualWorker):
         device: str | torch.device = "cpu",
         max_memory: int | None = None,
     ) -> None:
-        super().__init__(
-            id, datasets=datasets, device=device, max_memory=max_memory, blocking=True
-        )
+        super().__init__(id, datasets=datasets, device=device, max_memory=max_memory, blocking=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -35,11 +35,16 @@ def describe(tensor: torch.Tensor) -> str:
 
 
 def allocate(nbytes: int) -> memoryview | None:
-    """Uninitialised memory for a tensor that will be overwritten whole; ``None`` if none is left."""
+    """Uninitialised memory, to be overwritten whole; ``None`` if none is left."""
     try:
-        return memoryview(torch.empty(nbytes, dtype=torch.uint8).numpy())
+        return _bytes_of(torch.empty(nbytes, dtype=torch.uint8))
     except RuntimeError:  # what torch's allocator raises
         return None
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array)
 
 
 def snapshot(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +77,7 @@ def outgoing(tensor: torch.Tensor) -> Outgoing:
         return Outgoing(name, tuple(copy.shape), memoryview(b""))
     if copy.dtype.is_complex:
         copy = torch.view_as_real(copy)
-    data = memoryview(copy.reshape(-1).view(torch.uint8).numpy())
+    data = _bytes_of(copy.reshape(-1).view(torch.uint8))
     return Outgoing(name, tuple(tensor.shape), data)
 
 

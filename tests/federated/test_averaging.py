@@ -18,7 +18,10 @@ def test_the_mean_is_that_of_exact_fractions() -> None:
     mean = weighted_mean(states, weights)["w"]
     for index in range(7):
         exact = sum(
-            (Fraction(w) * Fraction(float(s["w"][index])) for w, s in zip(weights, states, strict=True)),
+            (
+                Fraction(w) * Fraction(float(s["w"][index]))
+                for w, s in zip(weights, states, strict=True)
+            ),
             Fraction(0),
         ) / sum(weights)
         assert float(mean[index]) == torch.tensor(float(exact), dtype=torch.float32).item()
@@ -32,7 +35,9 @@ def test_buffers_take_part_and_integers_are_rounded() -> None:
     mean = weighted_mean([model.state_dict() for model in models], [1, 1])
     means = [model.running_mean for model in models]
     assert torch.equal(mean["running_mean"], (means[0] + means[1]) / 2)  # type: ignore[operator]
-    assert mean["num_batches_tracked"].item() == 2 and mean["num_batches_tracked"].dtype == torch.int64
+    assert (
+        mean["num_batches_tracked"].item() == 2 and mean["num_batches_tracked"].dtype == torch.int64
+    )
 
 
 def test_one_model_is_its_own_mean() -> None:

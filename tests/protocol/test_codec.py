@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wsfed.errors import LocalProtocolError, RemoteProtocolError
 from wsfed.protocol import limits
-from wsfed.protocol.codec import ITEM_SIZES, Entry, Outgoing, decode, encode, pack, tensor_bytes
+from wsfed.protocol.codec import ITEM_SIZES, Outgoing, decode, encode, pack, tensor_bytes
 
 
 def frame_of(header: object, tail: bytes = b"") -> bytes:

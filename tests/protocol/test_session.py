@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +32,7 @@ LARGE = limits.INLINE_BYTES + 1000
 def put_tensor(session: Session, id: int, data: bytes) -> None:
     store = m.Store(id, 0, False)
     session.sender.put_tensor(
-        lambda place: dataclasses.replace(store, tensor=place).wire(),
+        lambda place: store.wire(tensor=place),
         Outgoing("uint8", (len(data),), memoryview(data)),
     )
 
@@ -96,9 +94,7 @@ def test_a_cut_at_every_byte_loses_and_repeats_nothing(direction: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    cuts=st.lists(
-        st.tuples(st.integers(0, 700_000), st.integers(0, 3000)), min_size=1, max_size=8
-    )
+    cuts=st.lists(st.tuples(st.integers(0, 700_000), st.integers(0, 3000)), min_size=1, max_size=8)
 )
 def test_many_cuts_of_a_chunked_upload_lose_and_repeat_nothing(
     cuts: list[tuple[int, int]],
@@ -258,7 +254,12 @@ def test_numbered_frames_before_the_handshake_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [m.Hello(1, None, None, ""), m.SessionLost("x"), m.Resumed(0, b""), m.Welcome(b"", b"", b"", "", {})],
+    [
+        m.Hello(1, None, None, ""),
+        m.SessionLost("x"),
+        m.Resumed(0, b""),
+        m.Welcome(b"", b"", b"", "", {}),
+    ],
     ids=lambda message: type(message).__name__,
 )
 def test_a_worker_refuses_what_only_it_may_say(message: m.Message) -> None:

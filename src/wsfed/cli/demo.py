@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["demo"]
 
@@ -39,7 +42,8 @@ async def _train(rounds: int) -> bool:
     losses = []
     async with wsfed.VirtualWorker("bob") as bob, wsfed.VirtualWorker("alice") as alice:
         sets = [
-            (worker.send(x), worker.send(y)) for worker, (x, y) in zip((bob, alice), parts, strict=True)
+            (worker.send(x), worker.send(y))
+            for worker, (x, y) in zip((bob, alice), parts, strict=True)
         ]
         for number in range(rounds):
             for x, y in sets:
@@ -60,7 +64,7 @@ async def _train(rounds: int) -> bool:
     return equal
 
 
-def _model() -> "tuple[torch.nn.Module, torch.optim.Optimizer]":
+def _model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     import torch
 
     torch.manual_seed(0)
@@ -68,7 +72,7 @@ def _model() -> "tuple[torch.nn.Module, torch.optim.Optimizer]":
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def _locally(parts: "list[tuple[torch.Tensor, torch.Tensor]]", rounds: int) -> list[float]:
+def _locally(parts: list[tuple[torch.Tensor, torch.Tensor]], rounds: int) -> list[float]:
     model, optimizer = _model()
     losses = []
     for _ in range(rounds):

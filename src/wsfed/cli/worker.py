@@ -130,18 +130,14 @@ def _node(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        loaded = [
-            load(name, path, open=name in opened, device=device) for name, path in named
-        ]
+        loaded = [load(name, path, open=name in opened, device=device) for name, path in named]
         token = token_file.read_text().strip() if token_file else None
     except (DatasetError, OSError) as error:
         _fail(str(error))
     if token == "":
         _usage(f"{token_file} is empty")
     size = parse_size(max_memory) if max_memory else None
-    return Node(
-        id, datasets=loaded, device=device, max_memory=size, token=token, direct=direct
-    )
+    return Node(id, datasets=loaded, device=device, max_memory=size, token=token, direct=direct)
 
 
 def _tls(cert: Path | None, key: Path | None) -> ssl_module.SSLContext | None:

@@ -9,13 +9,12 @@ session resumed; what cannot be resumed ends every awaiting pointer with one typ
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -33,6 +32,7 @@ from wsfed.errors import (
 )
 from wsfed.pointers.link import Link
 from wsfed.pointers.site import Site
+from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Buffer
 from wsfed.protocol.session import (
@@ -227,7 +227,7 @@ class Connection(Link):
         self._alive()
         message = m.Store(id, 0, requires_grad)
         self.session.sender.put_tensor(
-            lambda place: dataclasses.replace(message, tensor=place).wire(), outgoing(tensor), site
+            lambda place: message.wire(tensor=place), outgoing(tensor), site
         )
         self._poke()
 
@@ -315,8 +315,8 @@ class Connection(Link):
 
     def _delete_released(self) -> None:
         ids = [self._released.popleft() for _ in range(len(self._released))]
-        for start in range(0, len(ids), m.limits.MAX_IDS):
-            self.session.sender.put(m.Delete(ids[start : start + m.limits.MAX_IDS]).wire())
+        for start in range(0, len(ids), limits.MAX_IDS):
+            self.session.sender.put(m.Delete(ids[start : start + limits.MAX_IDS]).wire())
 
     def _poke(self) -> None:
         if threading.get_ident() == self._thread:
@@ -396,7 +396,7 @@ class Connection(Link):
             case RefusedByPeer(error, reason):
                 self._die(RemoteProtocolError(error, reason))
 
-    def _welcomed(self, worker: str, info: dict[str, Any]) -> None:
+    def _welcomed(self, worker: str, info: Mapping[str, Any]) -> None:
         self.info = {**info, "id": worker}
         self.device = torch.device(str(info.get("device", "cpu")))
         if not self.opened.done():

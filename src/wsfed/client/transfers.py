@@ -7,7 +7,6 @@ worker's queue while it tries the direct way: should that fail, the values are f
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
@@ -79,7 +78,7 @@ async def _finish(
 
 def _store(name: int, requires_grad: bool) -> Callable[[int], list[Any]]:
     message = m.Store(name, 0, requires_grad)
-    return lambda place: dataclasses.replace(message, tensor=place).wire()
+    return lambda place: message.wire(tensor=place)
 
 
 async def _directly(

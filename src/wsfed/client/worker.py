@@ -8,8 +8,6 @@ from collections.abc import Generator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any, TypeVar
 
-import torch
-
 from wsfed.client.connection import Connection
 from wsfed.client.dataset import RemoteDataset
 from wsfed.pointers import modules, optimizers
@@ -105,13 +103,17 @@ class Worker:
 
     def search(self, *tags: str) -> Any:
         """Pointers to everything of this session and of the owner's that has all tags."""
-        return self._connection.run(self._search(self._ask(lambda n: m.Search(n, list(tags)).wire())))
+        return self._connection.run(
+            self._search(self._ask(lambda n: m.Search(n, list(tags)).wire()))
+        )
 
     async def _search(self, asked: asyncio.Future[Any]) -> list[Pointer]:
         answer = await asked
         found = [self._found(described) for described in answer["objects"]]
         for name in answer["datasets"]:
-            dataset = await self._open(self._ask(lambda n, name=name: m.OpenDataset(n, name).wire()))
+            dataset = await self._open(
+                self._ask(lambda n, name=name: m.OpenDataset(n, name).wire())
+            )
             found += dataset.batch(max(dataset.rows, 1), 0) if dataset.rows else ()
         return found
 
@@ -130,9 +132,10 @@ class Worker:
         Raises:
             NotFound: the worker has none of that name.
         """
-        return self._connection.run(
-            self._open(self._ask(lambda n: m.OpenDataset(n, name).wire()))
-        )
+        return self._connection.run(self._open(self._ask(lambda n: m.OpenDataset(n, name).wire())))
+
+    def _ask_dataset(self, name: str) -> asyncio.Future[Any]:
+        return self._ask(lambda n: m.OpenDataset(n, name).wire())
 
     async def _open(self, asked: asyncio.Future[Any]) -> RemoteDataset:
         return RemoteDataset(self._connection, await asked)

@@ -42,9 +42,7 @@ def weighted_mean(
     }
 
 
-def _mean(
-    name: str, tensors: Sequence[torch.Tensor], shares: Sequence[float]
-) -> torch.Tensor:
+def _mean(name: str, tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
     first = tensors[0]
     for tensor in tensors:
         if tensor.shape != first.shape or tensor.dtype != first.dtype:

@@ -56,7 +56,7 @@ _CONSTANTS: Final[Mapping[int, Mapping[str, Any]]] = MappingProxyType(
     {v.DTYPE: _DTYPES, v.LAYOUT: _LAYOUTS, v.MEMORY_FORMAT: _FORMATS}
 )
 
-# --- client: to wire form ------------------------------------------------------------------------------
+# --- client: to wire form ------------------------------------------------------------------------
 
 
 def encode(value: Any, ref: Ref) -> Wire:
@@ -207,7 +207,7 @@ def _why_not(value: Any) -> str:
     return f"{name} does not travel to a worker"
 
 
-# --- worker: from wire form ----------------------------------------------------------------------------
+# --- worker: from wire form ----------------------------------------------------------------------
 
 
 def decode(wire: Any, resolve: Resolve, device: torch.device) -> Any:

@@ -57,7 +57,7 @@ def _lu(*args: Any, **kwargs: Any) -> str | None:
     return "out is refused: assign with copy_" if len(args) > 3 else None
 
 
-# --- devices named by text ---------------------------------------------------------------------------
+# --- devices named by text -----------------------------------------------------------------------
 
 _TYPE_NAME: Final = re.compile(r"torch\.[A-Z][A-Za-z0-9]*Tensor")
 
@@ -75,7 +75,7 @@ def _type(tensor: Tensor, dtype: Any = None, non_blocking: bool = False) -> str 
     return None
 
 
-# --- sizes -------------------------------------------------------------------------------------------
+# --- sizes ---------------------------------------------------------------------------------------
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> str | None:
@@ -126,7 +126,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> str | None:
     return None
 
 
-# --- modes -------------------------------------------------------------------------------------------
+# --- modes ---------------------------------------------------------------------------------------
 
 
 def _grid_sampler(
@@ -139,7 +139,7 @@ def _grid_sampler(
     return None
 
 
-# --- indices -----------------------------------------------------------------------------------------
+# --- indices -------------------------------------------------------------------------------------
 
 
 def _ctc(

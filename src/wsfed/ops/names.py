@@ -162,7 +162,7 @@ _TORCH: Final = """
     logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm
     lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill masked_scatter masked_select
     matmul matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool3d
-    maximum mean median min minimum mode moveaxis movedim msort mul multinomial multiply mv
+    maximum mean median min minimum mm mode moveaxis movedim msort mul multinomial multiply mv
     mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow narrow_copy native_dropout
     native_group_norm native_layer_norm native_norm ne neg negative nextafter nonzero
     norm_except_dim normal not_equal nuclear_norm ones_like orgqr ormqr outer permute
@@ -218,13 +218,14 @@ RANDOM: Final = """
 #: What gives back rows of its arguments.
 ROWS: Final = """
     torch.Tensor.H.__get__ torch.Tensor.T.__get__ torch.Tensor.__add__ torch.Tensor.__and__
-    torch.Tensor.__div__ torch.Tensor.__eq__ torch.Tensor.__ge__ torch.Tensor.__getitem__
-    torch.Tensor.__gt__ torch.Tensor.__iadd__ torch.Tensor.__iand__ torch.Tensor.__ilshift__
-    torch.Tensor.__imod__ torch.Tensor.__imul__ torch.Tensor.__invert__ torch.Tensor.__ior__
-    torch.Tensor.__ipow__ torch.Tensor.__irshift__ torch.Tensor.__isub__
-    torch.Tensor.__itruediv__ torch.Tensor.__ixor__ torch.Tensor.__le__ torch.Tensor.__lshift__
-    torch.Tensor.__lt__ torch.Tensor.__mod__ torch.Tensor.__mul__ torch.Tensor.__ne__
-    torch.Tensor.__or__ torch.Tensor.__pow__ torch.Tensor.__radd__ torch.Tensor.__rand__
+    torch.Tensor.__div__ torch.Tensor.__eq__ torch.Tensor.__floordiv__ torch.Tensor.__ge__
+    torch.Tensor.__getitem__ torch.Tensor.__gt__ torch.Tensor.__iadd__ torch.Tensor.__iand__
+    torch.Tensor.__ifloordiv__ torch.Tensor.__ilshift__ torch.Tensor.__imod__
+    torch.Tensor.__imul__ torch.Tensor.__invert__ torch.Tensor.__ior__ torch.Tensor.__ipow__
+    torch.Tensor.__irshift__ torch.Tensor.__isub__ torch.Tensor.__itruediv__
+    torch.Tensor.__ixor__ torch.Tensor.__le__ torch.Tensor.__lshift__ torch.Tensor.__lt__
+    torch.Tensor.__mod__ torch.Tensor.__mul__ torch.Tensor.__ne__ torch.Tensor.__or__
+    torch.Tensor.__pow__ torch.Tensor.__radd__ torch.Tensor.__rand__ torch.Tensor.__rfloordiv__
     torch.Tensor.__rlshift__ torch.Tensor.__rmod__ torch.Tensor.__rmul__ torch.Tensor.__ror__
     torch.Tensor.__rpow__ torch.Tensor.__rrshift__ torch.Tensor.__rshift__ torch.Tensor.__rsub__
     torch.Tensor.__rtruediv__ torch.Tensor.__rxor__ torch.Tensor.__setitem__
@@ -261,20 +262,21 @@ ROWS: Final = """
     torch.Tensor.expm1 torch.Tensor.expm1_ torch.Tensor.fill_ torch.Tensor.fill_diagonal_
     torch.Tensor.flatten torch.Tensor.flip torch.Tensor.fliplr torch.Tensor.flipud
     torch.Tensor.float torch.Tensor.float_power torch.Tensor.float_power_ torch.Tensor.floor
-    torch.Tensor.floor_ torch.Tensor.fmax torch.Tensor.fmin torch.Tensor.fmod torch.Tensor.fmod_
-    torch.Tensor.frac torch.Tensor.frac_ torch.Tensor.frexp torch.Tensor.gather torch.Tensor.gcd
-    torch.Tensor.gcd_ torch.Tensor.ge torch.Tensor.ge_ torch.Tensor.ger
-    torch.Tensor.grad.__get__ torch.Tensor.grad.__set__ torch.Tensor.gt torch.Tensor.gt_
-    torch.Tensor.half torch.Tensor.hardshrink torch.Tensor.heaviside torch.Tensor.heaviside_
-    torch.Tensor.histc torch.Tensor.histogram torch.Tensor.hsplit torch.Tensor.hypot
-    torch.Tensor.hypot_ torch.Tensor.i0 torch.Tensor.i0_ torch.Tensor.igamma
-    torch.Tensor.igamma_ torch.Tensor.igammac torch.Tensor.igammac_ torch.Tensor.imag.__get__
-    torch.Tensor.imag.__set__ torch.Tensor.index torch.Tensor.index_add torch.Tensor.index_add_
-    torch.Tensor.index_copy torch.Tensor.index_copy_ torch.Tensor.index_fill
-    torch.Tensor.index_fill_ torch.Tensor.index_put torch.Tensor.index_put_
-    torch.Tensor.index_reduce torch.Tensor.index_reduce_ torch.Tensor.index_select
-    torch.Tensor.int torch.Tensor.isfinite torch.Tensor.isinf torch.Tensor.isnan
-    torch.Tensor.isneginf torch.Tensor.isposinf torch.Tensor.kron torch.Tensor.kthvalue
+    torch.Tensor.floor_ torch.Tensor.floor_divide torch.Tensor.floor_divide_ torch.Tensor.fmax
+    torch.Tensor.fmin torch.Tensor.fmod torch.Tensor.fmod_ torch.Tensor.frac torch.Tensor.frac_
+    torch.Tensor.frexp torch.Tensor.gather torch.Tensor.gcd torch.Tensor.gcd_ torch.Tensor.ge
+    torch.Tensor.ge_ torch.Tensor.ger torch.Tensor.grad.__get__ torch.Tensor.grad.__set__
+    torch.Tensor.gt torch.Tensor.gt_ torch.Tensor.half torch.Tensor.hardshrink
+    torch.Tensor.heaviside torch.Tensor.heaviside_ torch.Tensor.histc torch.Tensor.histogram
+    torch.Tensor.hsplit torch.Tensor.hypot torch.Tensor.hypot_ torch.Tensor.i0 torch.Tensor.i0_
+    torch.Tensor.igamma torch.Tensor.igamma_ torch.Tensor.igammac torch.Tensor.igammac_
+    torch.Tensor.imag.__get__ torch.Tensor.imag.__set__ torch.Tensor.index
+    torch.Tensor.index_add torch.Tensor.index_add_ torch.Tensor.index_copy
+    torch.Tensor.index_copy_ torch.Tensor.index_fill torch.Tensor.index_fill_
+    torch.Tensor.index_put torch.Tensor.index_put_ torch.Tensor.index_reduce
+    torch.Tensor.index_reduce_ torch.Tensor.index_select torch.Tensor.int torch.Tensor.isclose
+    torch.Tensor.isfinite torch.Tensor.isinf torch.Tensor.isnan torch.Tensor.isneginf
+    torch.Tensor.isposinf torch.Tensor.isreal torch.Tensor.kron torch.Tensor.kthvalue
     torch.Tensor.lcm torch.Tensor.lcm_ torch.Tensor.ldexp torch.Tensor.ldexp_ torch.Tensor.le
     torch.Tensor.le_ torch.Tensor.lerp torch.Tensor.lerp_ torch.Tensor.lgamma
     torch.Tensor.lgamma_ torch.Tensor.log torch.Tensor.log10 torch.Tensor.log10_
@@ -284,7 +286,7 @@ ROWS: Final = """
     torch.Tensor.logical_not torch.Tensor.logical_not_ torch.Tensor.logical_or
     torch.Tensor.logical_or_ torch.Tensor.logical_xor torch.Tensor.logical_xor_
     torch.Tensor.logit torch.Tensor.logit_ torch.Tensor.long torch.Tensor.lt torch.Tensor.lt_
-    torch.Tensor.mH.__get__ torch.Tensor.mT.__get__ torch.Tensor.masked_fill
+    torch.Tensor.lu torch.Tensor.mH.__get__ torch.Tensor.mT.__get__ torch.Tensor.masked_fill
     torch.Tensor.masked_fill_ torch.Tensor.masked_scatter torch.Tensor.masked_scatter_
     torch.Tensor.masked_select torch.Tensor.max torch.Tensor.maximum torch.Tensor.median
     torch.Tensor.min torch.Tensor.minimum torch.Tensor.mode torch.Tensor.moveaxis
@@ -295,81 +297,84 @@ ROWS: Final = """
     torch.Tensor.new_full torch.Tensor.new_tensor torch.Tensor.nextafter torch.Tensor.nextafter_
     torch.Tensor.nonzero torch.Tensor.outer torch.Tensor.permute torch.Tensor.polygamma
     torch.Tensor.polygamma_ torch.Tensor.positive torch.Tensor.pow torch.Tensor.pow_
-    torch.Tensor.put torch.Tensor.put_ torch.Tensor.quantile torch.Tensor.rad2deg
-    torch.Tensor.rad2deg_ torch.Tensor.ravel torch.Tensor.real.__get__ torch.Tensor.real.__set__
-    torch.Tensor.reciprocal torch.Tensor.reciprocal_ torch.Tensor.relu torch.Tensor.relu_
-    torch.Tensor.remainder torch.Tensor.remainder_ torch.Tensor.renorm torch.Tensor.renorm_
-    torch.Tensor.repeat torch.Tensor.repeat_interleave torch.Tensor.requires_grad.__set__
-    torch.Tensor.reshape torch.Tensor.reshape_as torch.Tensor.resolve_conj
-    torch.Tensor.resolve_neg torch.Tensor.roll torch.Tensor.rot90 torch.Tensor.round
-    torch.Tensor.round_ torch.Tensor.rsqrt torch.Tensor.rsqrt_ torch.Tensor.scatter
-    torch.Tensor.scatter_ torch.Tensor.scatter_add torch.Tensor.scatter_add_
-    torch.Tensor.scatter_reduce torch.Tensor.scatter_reduce_ torch.Tensor.select
-    torch.Tensor.select_scatter torch.Tensor.sgn torch.Tensor.sgn_ torch.Tensor.short
-    torch.Tensor.sigmoid torch.Tensor.sigmoid_ torch.Tensor.sign torch.Tensor.sign_
-    torch.Tensor.signbit torch.Tensor.sin torch.Tensor.sin_ torch.Tensor.sinc torch.Tensor.sinc_
-    torch.Tensor.sinh torch.Tensor.sinh_ torch.Tensor.slice_scatter torch.Tensor.softmax
-    torch.Tensor.sort torch.Tensor.split torch.Tensor.split_with_sizes torch.Tensor.sqrt
-    torch.Tensor.sqrt_ torch.Tensor.square torch.Tensor.square_ torch.Tensor.squeeze
-    torch.Tensor.squeeze_ torch.Tensor.sub torch.Tensor.sub_ torch.Tensor.swapaxes
-    torch.Tensor.swapaxes_ torch.Tensor.swapdims torch.Tensor.swapdims_ torch.Tensor.t
-    torch.Tensor.t_ torch.Tensor.take torch.Tensor.take_along_dim torch.Tensor.tan
-    torch.Tensor.tan_ torch.Tensor.tanh torch.Tensor.tanh_ torch.Tensor.tensor_split
-    torch.Tensor.tile torch.Tensor.to torch.Tensor.topk torch.Tensor.transpose
-    torch.Tensor.transpose_ torch.Tensor.tril torch.Tensor.tril_ torch.Tensor.triu
-    torch.Tensor.triu_ torch.Tensor.true_divide torch.Tensor.true_divide_ torch.Tensor.trunc
-    torch.Tensor.trunc_ torch.Tensor.type torch.Tensor.type_as torch.Tensor.unbind
-    torch.Tensor.unflatten torch.Tensor.unfold torch.Tensor.unique
-    torch.Tensor.unique_consecutive torch.Tensor.unsafe_chunk torch.Tensor.unsafe_split
-    torch.Tensor.unsafe_split_with_sizes torch.Tensor.unsqueeze torch.Tensor.unsqueeze_
-    torch.Tensor.view torch.Tensor.view_as torch.Tensor.vsplit torch.Tensor.where
-    torch.Tensor.xlogy torch.Tensor.xlogy_ torch.Tensor.zero_ torch._C._nn.pad_sequence
-    torch._foreach_abs torch._foreach_acos torch._foreach_add torch._foreach_addcdiv
-    torch._foreach_addcmul torch._foreach_asin torch._foreach_atan torch._foreach_ceil
-    torch._foreach_clamp_max torch._foreach_clamp_min torch._foreach_clone torch._foreach_cos
-    torch._foreach_cosh torch._foreach_div torch._foreach_erf torch._foreach_erfc
-    torch._foreach_exp torch._foreach_expm1 torch._foreach_floor torch._foreach_frac
-    torch._foreach_lerp torch._foreach_lgamma torch._foreach_log torch._foreach_log10
-    torch._foreach_log1p torch._foreach_log2 torch._foreach_max torch._foreach_maximum
-    torch._foreach_minimum torch._foreach_mul torch._foreach_neg torch._foreach_pow
-    torch._foreach_reciprocal torch._foreach_round torch._foreach_rsqrt torch._foreach_sigmoid
-    torch._foreach_sign torch._foreach_sin torch._foreach_sinh torch._foreach_sqrt
-    torch._foreach_sub torch._foreach_tan torch._foreach_tanh torch._foreach_trunc
-    torch._pack_padded_sequence torch._pad_packed_sequence torch.abs torch.acos torch.acosh
-    torch.adaptive_max_pool1d torch.add torch.addcdiv torch.addcmul torch.adjoint
-    torch.alias_copy torch.alpha_dropout torch.amax torch.amin torch.aminmax torch.angle
-    torch.argsort torch.argwhere torch.asin torch.asinh torch.atan torch.atan2 torch.atanh
-    torch.autograd.grad torch.batch_norm torch.bincount torch.bitwise_and
-    torch.bitwise_left_shift torch.bitwise_not torch.bitwise_or torch.bitwise_right_shift
-    torch.bitwise_xor torch.broadcast_to torch.bucketize torch.cat torch.ceil torch.celu
-    torch.chunk torch.clamp torch.clamp_max torch.clamp_min torch.clip torch.clone
-    torch.column_stack torch.combinations torch.complex torch.concat torch.concatenate
-    torch.conj torch.conj_physical torch.constant_pad_nd torch.copysign torch.cos torch.cosh
-    torch.cross torch.cummax torch.cummin torch.cumprod torch.cumsum torch.cumulative_trapezoid
-    torch.deg2rad torch.detach torch.detach_copy torch.diag torch.diag_embed torch.diagflat
-    torch.diagonal torch.diagonal_scatter torch.diff torch.digamma torch.div torch.dropout
-    torch.dsplit torch.dstack torch.embedding torch.eq torch.erf torch.erfc torch.erfinv
-    torch.exp torch.exp2 torch.expm1 torch.feature_alpha_dropout torch.feature_dropout
-    torch.fft.fft torch.fft.fft2 torch.fft.fftn torch.fft.fftshift torch.fft.hfft
-    torch.fft.hfft2 torch.fft.hfftn torch.fft.ifft torch.fft.ifft2 torch.fft.ifftn
-    torch.fft.ifftshift torch.fft.ihfft torch.fft.ihfft2 torch.fft.ihfftn torch.fft.irfft
-    torch.fft.irfft2 torch.fft.irfftn torch.fft.rfft torch.fft.rfft2 torch.fft.rfftn torch.fill
-    torch.flatten torch.flip torch.fliplr torch.flipud torch.float_power torch.floor torch.fmax
+    torch.Tensor.prelu torch.Tensor.put torch.Tensor.put_ torch.Tensor.quantile
+    torch.Tensor.rad2deg torch.Tensor.rad2deg_ torch.Tensor.ravel torch.Tensor.real.__get__
+    torch.Tensor.real.__set__ torch.Tensor.reciprocal torch.Tensor.reciprocal_ torch.Tensor.relu
+    torch.Tensor.relu_ torch.Tensor.remainder torch.Tensor.remainder_ torch.Tensor.renorm
+    torch.Tensor.renorm_ torch.Tensor.repeat torch.Tensor.repeat_interleave
+    torch.Tensor.requires_grad.__set__ torch.Tensor.reshape torch.Tensor.reshape_as
+    torch.Tensor.resolve_conj torch.Tensor.resolve_neg torch.Tensor.roll torch.Tensor.rot90
+    torch.Tensor.round torch.Tensor.round_ torch.Tensor.rsqrt torch.Tensor.rsqrt_
+    torch.Tensor.scatter torch.Tensor.scatter_ torch.Tensor.scatter_add
+    torch.Tensor.scatter_add_ torch.Tensor.scatter_reduce torch.Tensor.scatter_reduce_
+    torch.Tensor.select torch.Tensor.select_scatter torch.Tensor.sgn torch.Tensor.sgn_
+    torch.Tensor.short torch.Tensor.sigmoid torch.Tensor.sigmoid_ torch.Tensor.sign
+    torch.Tensor.sign_ torch.Tensor.signbit torch.Tensor.sin torch.Tensor.sin_ torch.Tensor.sinc
+    torch.Tensor.sinc_ torch.Tensor.sinh torch.Tensor.sinh_ torch.Tensor.slice_scatter
+    torch.Tensor.softmax torch.Tensor.sort torch.Tensor.split torch.Tensor.split_with_sizes
+    torch.Tensor.sqrt torch.Tensor.sqrt_ torch.Tensor.square torch.Tensor.square_
+    torch.Tensor.squeeze torch.Tensor.squeeze_ torch.Tensor.sub torch.Tensor.sub_
+    torch.Tensor.swapaxes torch.Tensor.swapaxes_ torch.Tensor.swapdims torch.Tensor.swapdims_
+    torch.Tensor.t torch.Tensor.t_ torch.Tensor.take torch.Tensor.take_along_dim
+    torch.Tensor.tan torch.Tensor.tan_ torch.Tensor.tanh torch.Tensor.tanh_
+    torch.Tensor.tensor_split torch.Tensor.tile torch.Tensor.to torch.Tensor.topk
+    torch.Tensor.transpose torch.Tensor.transpose_ torch.Tensor.triangular_solve
+    torch.Tensor.tril torch.Tensor.tril_ torch.Tensor.triu torch.Tensor.triu_
+    torch.Tensor.true_divide torch.Tensor.true_divide_ torch.Tensor.trunc torch.Tensor.trunc_
+    torch.Tensor.type torch.Tensor.type_as torch.Tensor.unbind torch.Tensor.unflatten
+    torch.Tensor.unfold torch.Tensor.unique torch.Tensor.unique_consecutive
+    torch.Tensor.unsafe_chunk torch.Tensor.unsafe_split torch.Tensor.unsafe_split_with_sizes
+    torch.Tensor.unsqueeze torch.Tensor.unsqueeze_ torch.Tensor.view torch.Tensor.view_as
+    torch.Tensor.vsplit torch.Tensor.where torch.Tensor.xlogy torch.Tensor.xlogy_
+    torch.Tensor.zero_ torch._C._nn.pad_sequence torch._foreach_abs torch._foreach_acos
+    torch._foreach_add torch._foreach_addcdiv torch._foreach_addcmul torch._foreach_asin
+    torch._foreach_atan torch._foreach_ceil torch._foreach_clamp_max torch._foreach_clamp_min
+    torch._foreach_clone torch._foreach_cos torch._foreach_cosh torch._foreach_div
+    torch._foreach_erf torch._foreach_erfc torch._foreach_exp torch._foreach_expm1
+    torch._foreach_floor torch._foreach_frac torch._foreach_lerp torch._foreach_lgamma
+    torch._foreach_log torch._foreach_log10 torch._foreach_log1p torch._foreach_log2
+    torch._foreach_max torch._foreach_maximum torch._foreach_minimum torch._foreach_mul
+    torch._foreach_neg torch._foreach_pow torch._foreach_reciprocal torch._foreach_round
+    torch._foreach_rsqrt torch._foreach_sigmoid torch._foreach_sign torch._foreach_sin
+    torch._foreach_sinh torch._foreach_sqrt torch._foreach_sub torch._foreach_tan
+    torch._foreach_tanh torch._foreach_trunc torch._pack_padded_sequence
+    torch._pad_packed_sequence torch.abs torch.acos torch.acosh torch.adaptive_max_pool1d
+    torch.add torch.addcdiv torch.addcmul torch.adjoint torch.alias_copy torch.alpha_dropout
+    torch.amax torch.amin torch.aminmax torch.angle torch.argsort torch.argwhere torch.asin
+    torch.asinh torch.atan torch.atan2 torch.atanh torch.autograd.grad torch.batch_norm
+    torch.bincount torch.bitwise_and torch.bitwise_left_shift torch.bitwise_not torch.bitwise_or
+    torch.bitwise_right_shift torch.bitwise_xor torch.broadcast_to torch.bucketize torch.cat
+    torch.ceil torch.celu torch.chunk torch.clamp torch.clamp_max torch.clamp_min torch.clip
+    torch.clone torch.column_stack torch.combinations torch.complex torch.concat
+    torch.concatenate torch.conj torch.conj_physical torch.constant_pad_nd torch.copysign
+    torch.cos torch.cosh torch.cross torch.cummax torch.cummin torch.cumprod torch.cumsum
+    torch.cumulative_trapezoid torch.deg2rad torch.detach torch.detach_copy torch.diag
+    torch.diag_embed torch.diagflat torch.diagonal torch.diagonal_copy torch.diagonal_scatter
+    torch.diff torch.digamma torch.div torch.dropout torch.dsplit torch.dstack torch.embedding
+    torch.eq torch.erf torch.erfc torch.erfinv torch.exp torch.exp2 torch.expand_copy
+    torch.expm1 torch.feature_alpha_dropout torch.feature_dropout torch.fft.fft torch.fft.fft2
+    torch.fft.fftn torch.fft.fftshift torch.fft.hfft torch.fft.hfft2 torch.fft.hfftn
+    torch.fft.ifft torch.fft.ifft2 torch.fft.ifftn torch.fft.ifftshift torch.fft.ihfft
+    torch.fft.ihfft2 torch.fft.ihfftn torch.fft.irfft torch.fft.irfft2 torch.fft.irfftn
+    torch.fft.rfft torch.fft.rfft2 torch.fft.rfftn torch.fill torch.flatten torch.flip
+    torch.fliplr torch.flipud torch.float_power torch.floor torch.floor_divide torch.fmax
     torch.fmin torch.fmod torch.frac torch.frexp torch.full_like torch.functional.atleast_1d
     torch.functional.atleast_2d torch.functional.atleast_3d torch.functional.block_diag
     torch.functional.broadcast_tensors torch.functional.cartesian_prod torch.functional.einsum
-    torch.functional.meshgrid torch.functional.split torch.functional.unique
+    torch.functional.lu torch.functional.meshgrid torch.functional.split torch.functional.unique
     torch.functional.unique_consecutive torch.gather torch.gcd torch.ge torch.ger torch.gradient
     torch.grid_sampler torch.grid_sampler_2d torch.grid_sampler_3d torch.group_norm torch.gt
-    torch.heaviside torch.histc torch.histogram torch.histogramdd torch.hsplit torch.hstack
-    torch.hypot torch.i0 torch.igamma torch.igammac torch.imag torch.index_add torch.index_copy
-    torch.index_fill torch.index_put torch.index_reduce torch.index_select torch.instance_norm
-    torch.isfinite torch.isin torch.isinf torch.isnan torch.isneginf torch.isposinf torch.kron
-    torch.kthvalue torch.layer_norm torch.lcm torch.ldexp torch.le torch.lerp torch.lgamma
-    torch.linalg.cross torch.linalg.diagonal torch.linalg.vander torch.log torch.log10
-    torch.log1p torch.log2 torch.log_softmax torch.logaddexp torch.logaddexp2 torch.logcumsumexp
-    torch.logical_and torch.logical_not torch.logical_or torch.logical_xor torch.logit torch.lt
-    torch.masked_fill torch.masked_scatter torch.masked_select torch.max torch.max_pool1d
+    torch.heaviside torch.hinge_embedding_loss torch.histc torch.histogram torch.histogramdd
+    torch.hsplit torch.hstack torch.hypot torch.i0 torch.igamma torch.igammac torch.imag
+    torch.index_add torch.index_copy torch.index_fill torch.index_put torch.index_reduce
+    torch.index_select torch.instance_norm torch.isclose torch.isfinite torch.isin torch.isinf
+    torch.isnan torch.isneginf torch.isposinf torch.isreal torch.kron torch.kthvalue
+    torch.layer_norm torch.lcm torch.ldexp torch.le torch.lerp torch.lgamma torch.linalg.cross
+    torch.linalg.diagonal torch.linalg.lu torch.linalg.lu_factor torch.linalg.lu_factor_ex
+    torch.linalg.vander torch.log torch.log10 torch.log1p torch.log2 torch.log_softmax
+    torch.logaddexp torch.logaddexp2 torch.logcumsumexp torch.logical_and torch.logical_not
+    torch.logical_or torch.logical_xor torch.logit torch.lt torch.lu_unpack torch.masked_fill
+    torch.masked_scatter torch.masked_select torch.max torch.max_pool1d
     torch.max_pool1d_with_indices torch.max_pool2d torch.max_pool3d torch.maximum torch.median
     torch.min torch.minimum torch.mode torch.moveaxis torch.movedim torch.msort torch.mul
     torch.mvlgamma torch.nan_to_num torch.nanmedian torch.nanquantile torch.narrow
@@ -387,53 +392,58 @@ ROWS: Final = """
     torch.nn.functional.feature_alpha_dropout torch.nn.functional.fold torch.nn.functional.gelu
     torch.nn.functional.grid_sample torch.nn.functional.group_norm
     torch.nn.functional.hardshrink torch.nn.functional.hardsigmoid torch.nn.functional.hardswish
-    torch.nn.functional.hardtanh torch.nn.functional.instance_norm
-    torch.nn.functional.interpolate torch.nn.functional.layer_norm
-    torch.nn.functional.leaky_relu torch.nn.functional.local_response_norm
-    torch.nn.functional.log_softmax torch.nn.functional.logsigmoid torch.nn.functional.lp_pool1d
-    torch.nn.functional.lp_pool2d torch.nn.functional.lp_pool3d torch.nn.functional.max_pool1d
+    torch.nn.functional.hardtanh torch.nn.functional.hinge_embedding_loss
+    torch.nn.functional.instance_norm torch.nn.functional.interpolate
+    torch.nn.functional.layer_norm torch.nn.functional.leaky_relu
+    torch.nn.functional.local_response_norm torch.nn.functional.log_softmax
+    torch.nn.functional.logsigmoid torch.nn.functional.lp_pool1d torch.nn.functional.lp_pool2d
+    torch.nn.functional.lp_pool3d torch.nn.functional.max_pool1d
     torch.nn.functional.max_pool1d_with_indices torch.nn.functional.max_pool2d
     torch.nn.functional.max_pool2d_with_indices torch.nn.functional.max_pool3d
     torch.nn.functional.max_pool3d_with_indices torch.nn.functional.max_unpool1d
     torch.nn.functional.max_unpool2d torch.nn.functional.max_unpool3d torch.nn.functional.mish
     torch.nn.functional.native_channel_shuffle torch.nn.functional.normalize
     torch.nn.functional.one_hot torch.nn.functional.pad torch.nn.functional.pixel_shuffle
-    torch.nn.functional.pixel_unshuffle torch.nn.functional.relu torch.nn.functional.relu6
-    torch.nn.functional.rms_norm torch.nn.functional.rrelu torch.nn.functional.selu
-    torch.nn.functional.sigmoid torch.nn.functional.silu torch.nn.functional.softmax
-    torch.nn.functional.softmin torch.nn.functional.softplus torch.nn.functional.softshrink
-    torch.nn.functional.tanh torch.nn.functional.tanhshrink torch.nn.functional.threshold
-    torch.nn.functional.unfold torch.nn.functional.upsample
-    torch.nn.functional.upsample_bilinear torch.nn.functional.upsample_nearest torch.nonzero
-    torch.outer torch.permute torch.polygamma torch.positive torch.pow torch.put torch.quantile
-    torch.rad2deg torch.ravel torch.real torch.reciprocal torch.relu torch.remainder
-    torch.renorm torch.repeat_interleave torch.reshape torch.resolve_conj torch.resolve_neg
-    torch.rms_norm torch.roll torch.rot90 torch.round torch.row_stack torch.rrelu torch.rsqrt
-    torch.rsub torch.scatter torch.scatter_add torch.scatter_reduce torch.searchsorted
-    torch.select torch.select_scatter torch.selu torch.sgn torch.sigmoid torch.sign
-    torch.signbit torch.sin torch.sinc torch.sinh torch.slice_scatter torch.softmax torch.sort
-    torch.special.airy_ai torch.special.bessel_j0 torch.special.bessel_j1
-    torch.special.bessel_y0 torch.special.bessel_y1 torch.special.chebyshev_polynomial_t
-    torch.special.chebyshev_polynomial_u torch.special.chebyshev_polynomial_v
-    torch.special.chebyshev_polynomial_w torch.special.digamma torch.special.entr
-    torch.special.erf torch.special.erfc torch.special.erfcx torch.special.erfinv
-    torch.special.exp2 torch.special.expm1 torch.special.hermite_polynomial_h
-    torch.special.hermite_polynomial_he torch.special.i0 torch.special.i0e torch.special.i1
-    torch.special.i1e torch.special.laguerre_polynomial_l torch.special.legendre_polynomial_p
-    torch.special.log1p torch.special.log_ndtr torch.special.log_softmax torch.special.logit
-    torch.special.modified_bessel_i0 torch.special.modified_bessel_i1
-    torch.special.modified_bessel_k0 torch.special.modified_bessel_k1 torch.special.ndtri
+    torch.nn.functional.pixel_unshuffle torch.nn.functional.prelu torch.nn.functional.relu
+    torch.nn.functional.relu6 torch.nn.functional.rms_norm torch.nn.functional.rrelu
+    torch.nn.functional.selu torch.nn.functional.sigmoid torch.nn.functional.silu
+    torch.nn.functional.softmax torch.nn.functional.softmin torch.nn.functional.softplus
+    torch.nn.functional.softshrink torch.nn.functional.softsign torch.nn.functional.tanh
+    torch.nn.functional.tanhshrink torch.nn.functional.threshold torch.nn.functional.unfold
+    torch.nn.functional.upsample torch.nn.functional.upsample_bilinear
+    torch.nn.functional.upsample_nearest torch.nonzero torch.outer torch.permute
+    torch.permute_copy torch.polar torch.polygamma torch.positive torch.pow torch.put
+    torch.quantile torch.rad2deg torch.ravel torch.real torch.reciprocal torch.relu
+    torch.remainder torch.renorm torch.repeat_interleave torch.reshape torch.resolve_conj
+    torch.resolve_neg torch.rms_norm torch.roll torch.rot90 torch.round torch.row_stack
+    torch.rrelu torch.rsqrt torch.rsub torch.scatter torch.scatter_add torch.scatter_reduce
+    torch.searchsorted torch.select torch.select_copy torch.select_scatter torch.selu torch.sgn
+    torch.sigmoid torch.sign torch.signbit torch.sin torch.sinc torch.sinh torch.slice_copy
+    torch.slice_scatter torch.softmax torch.sort torch.special.airy_ai torch.special.bessel_j0
+    torch.special.bessel_j1 torch.special.bessel_y0 torch.special.bessel_y1
+    torch.special.chebyshev_polynomial_t torch.special.chebyshev_polynomial_u
+    torch.special.chebyshev_polynomial_v torch.special.chebyshev_polynomial_w
+    torch.special.digamma torch.special.entr torch.special.erf torch.special.erfc
+    torch.special.erfcx torch.special.erfinv torch.special.exp2 torch.special.expm1
+    torch.special.hermite_polynomial_h torch.special.hermite_polynomial_he torch.special.i0
+    torch.special.i0e torch.special.i1 torch.special.i1e torch.special.laguerre_polynomial_l
+    torch.special.legendre_polynomial_p torch.special.log1p torch.special.log_ndtr
+    torch.special.log_softmax torch.special.logit torch.special.modified_bessel_i0
+    torch.special.modified_bessel_i1 torch.special.modified_bessel_k0
+    torch.special.modified_bessel_k1 torch.special.ndtr torch.special.ndtri
     torch.special.polygamma torch.special.round torch.special.scaled_modified_bessel_k0
     torch.special.scaled_modified_bessel_k1 torch.special.shifted_chebyshev_polynomial_t
     torch.special.shifted_chebyshev_polynomial_u torch.special.shifted_chebyshev_polynomial_v
     torch.special.shifted_chebyshev_polynomial_w torch.special.sinc torch.special.softmax
     torch.special.spherical_bessel_j0 torch.special.xlog1py torch.special.xlogy
-    torch.special.zeta torch.split_copy torch.split_with_sizes torch.sqrt torch.square
-    torch.squeeze torch.stack torch.sub torch.swapaxes torch.swapdims torch.t torch.take
-    torch.take_along_dim torch.tan torch.tanh torch.tensor_split torch.threshold torch.tile
-    torch.topk torch.transpose torch.trapezoid torch.trapz torch.tril torch.triu
-    torch.true_divide torch.trunc torch.unbind torch.unflatten torch.unfold_copy
-    torch.unsafe_chunk torch.unsafe_split torch.unsafe_split_with_sizes torch.unsqueeze
-    torch.vander torch.view_as_complex torch.view_as_real torch.vsplit torch.vstack torch.where
-    torch.xlogy
+    torch.special.zeta torch.split_copy torch.split_with_sizes torch.split_with_sizes_copy
+    torch.sqrt torch.square torch.squeeze torch.squeeze_copy torch.stack torch.sub
+    torch.swapaxes torch.swapdims torch.t torch.t_copy torch.take torch.take_along_dim torch.tan
+    torch.tanh torch.tensor_split torch.threshold torch.tile torch.topk torch.transpose
+    torch.transpose_copy torch.trapezoid torch.trapz torch.triangular_solve torch.tril
+    torch.triu torch.true_divide torch.trunc torch.unbind torch.unbind_copy torch.unflatten
+    torch.unfold_copy torch.unsafe_chunk torch.unsafe_split torch.unsafe_split_with_sizes
+    torch.unsqueeze torch.unsqueeze_copy torch.vander torch.view_as_complex
+    torch.view_as_complex_copy torch.view_as_real torch.view_as_real_copy torch.view_copy
+    torch.vsplit torch.vstack torch.where torch.xlogy
 """

@@ -1,8 +1,8 @@
 """What the client remembers of the worker's autograd graph: who depends on which leaf.
 
-It is enough to answer ``requires_grad``, ``is_leaf`` and ``grad is None`` without asking. A
-pointer that requires grad has a :class:`Node`; an operation's result has one whose parents are those
-of its arguments; ``backward`` goes through them and marks the leaves that have a gradient then.
+It is enough to answer ``requires_grad``, ``is_leaf`` and ``grad is None`` without asking. A pointer
+that requires grad has a :class:`Node`; the parents of a result's node are those of the arguments;
+``backward`` goes through them and marks the leaves that have a gradient then.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from wsfed.pointers.shapes import Inferred, Meta, ShapeCache, UnknownShape, meta
 from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.protocol import limits
 from wsfed.protocol.messages import Execute
-from wsfed.protocol.values import REF
 
 if TYPE_CHECKING:
     from wsfed.pointers.pointer import Pointer
@@ -32,7 +31,7 @@ _INFERENCE: Final = 2
 _cache: Final = ShapeCache()
 #: Set by the module of the class itself, which needs this one.
 _make: Callable[..., Pointer]
-_pointer_class: type
+_pointer_class: Any
 
 
 def register(pointer_class: type, make: Callable[..., Pointer]) -> None:
@@ -54,7 +53,7 @@ def mode_now() -> int:
     return 0 if torch.is_grad_enabled() else _NO_GRAD
 
 
-# --- scanning: the key of a call, and its tensors ------------------------------------------------------
+# --- scanning: the key of a call, and its tensors ------------------------------------------------
 
 _TRUE: Final = object()
 _FALSE: Final = object()
@@ -115,7 +114,7 @@ def _floats(values: Iterable[Any]) -> tuple[float, ...]:
     return tuple(found)
 
 
-# --- calling ---------------------------------------------------------------------------------------------
+# --- calling -------------------------------------------------------------------------------------
 
 
 def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -246,7 +245,9 @@ def _parents(tensors: list[Any]) -> tuple[Node, ...]:
     return tuple(
         tensor._graph_node()
         for tensor in tensors
-        if type(tensor) is _pointer_class and tensor._meta is not None and tensor._meta.requires_grad
+        if type(tensor) is _pointer_class
+        and tensor._meta is not None
+        and tensor._meta.requires_grad
     )
 
 
@@ -268,7 +269,7 @@ def _constant(
     return id
 
 
-# --- what an operation changes ---------------------------------------------------------------------------
+# --- what an operation changes -------------------------------------------------------------------
 
 
 def _change(tensor: Any, meta: Meta, tensors: list[Any]) -> None:
@@ -283,7 +284,7 @@ def _change(tensor: Any, meta: Meta, tensors: list[Any]) -> None:
 
 
 def _follow_writes(name: str, inferred: Inferred, tensors: list[Any]) -> None:
-    """A write into a tensor that requires grad: it, and what it is a view of, depend on more now."""
+    """After a write, a tensor and what it is a view of depend on more."""
     if not tensors or type(tensors[0]) is not _pointer_class:
         return
     first = tensors[0]
@@ -300,7 +301,7 @@ def _follow_writes(name: str, inferred: Inferred, tensors: list[Any]) -> None:
         base = base.__dict__.get("_view_of")
 
 
-# --- shapes that depend on values --------------------------------------------------------------------------
+# --- shapes that depend on values ----------------------------------------------------------------
 
 
 def _issue_unresolved(
@@ -339,7 +340,13 @@ def _issue_unresolved(
 _ONE_RESULT: Final = frozenset(
     f"{space}.{word}"
     for space in ("torch", "torch.Tensor")
-    for word in (
-        "nonzero masked_select argwhere bincount repeat_interleave __getitem__ unique_consecutive"
-    ).split()
+    for word in [
+        "nonzero",
+        "masked_select",
+        "argwhere",
+        "bincount",
+        "repeat_interleave",
+        "__getitem__",
+        "unique_consecutive",
+    ]
 ) | {"torch.functional.unique", "torch.nn.functional.one_hot"}

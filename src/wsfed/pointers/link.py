@@ -48,9 +48,7 @@ class Link(Protocol):
     def fetch(self, id: int, site: Site | None = None) -> Awaitable[torch.Tensor]:
         """Ask for a value; the request leaves at once."""
 
-    def ask(
-        self, make: Callable[[int], list[Any]], site: Site | None = None
-    ) -> Awaitable[Any]:
+    def ask(self, make: Callable[[int], list[Any]], site: Site | None = None) -> Awaitable[Any]:
         """Queue a request; ``make`` gives the command for its number."""
 
     def transfer(self, ids: Sequence[int], to: Link, new_ids: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["LOCAL"]
 
 _OFF = torch._C.DisableTorchFunctionSubclass
-_T = torch.Tensor
+_T: Any = torch.Tensor  # its properties are descriptors, which its stubs do not say
 
 
 def _metadata(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def _cpu(pointer: Pointer, *_: Any, **__: Any) -> Pointer:
     return pointer
 
 
-# --- torch.nn.init, whose functions are intercepted whole ------------------------------------------------
+# --- torch.nn.init, whose functions are intercepted whole ----------------------------------------
 
 
 @torch.no_grad()
@@ -118,13 +118,13 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
         attribute = getattr(_T, f"is_{kind}", None)
         if attribute is not None:
             table[attribute.__get__] = _on(kind)
-    table[_T.device.__get__] = lambda pointer: pointer._handle.link.device  # type: ignore[attr-defined]
-    table[_T.requires_grad.__get__] = lambda pointer: pointer._requires_grad()  # type: ignore[attr-defined]
-    table[_T.is_leaf.__get__] = lambda pointer: pointer._is_leaf()  # type: ignore[attr-defined]
-    table[_T.grad_fn.__get__] = lambda pointer: pointer._grad_fn()  # type: ignore[attr-defined]
-    table[_T.grad.__get__] = lambda pointer: pointer._get_grad()  # type: ignore[attr-defined]
-    table[_T.grad.__set__] = lambda pointer, value: pointer._set_grad(value)  # type: ignore[attr-defined]
-    table[_T.grad.__delete__] = lambda pointer: pointer._set_grad(None)  # type: ignore[attr-defined]
+    table[_T.device.__get__] = lambda pointer: pointer._handle.link.device
+    table[_T.requires_grad.__get__] = lambda pointer: pointer._requires_grad()
+    table[_T.is_leaf.__get__] = lambda pointer: pointer._is_leaf()
+    table[_T.grad_fn.__get__] = lambda pointer: pointer._grad_fn()
+    table[_T.grad.__get__] = lambda pointer: pointer._get_grad()
+    table[_T.grad.__set__] = lambda pointer, value: pointer._set_grad(value)
+    table[_T.grad.__delete__] = lambda pointer: pointer._set_grad(None)
     table[_T.backward] = lambda pointer, *args, **kwargs: pointer._backward(*args, **kwargs)
     table[_T.retain_grad] = lambda pointer: pointer._retain_grad()
     table[_T.__deepcopy__] = lambda pointer, memo: pointer._deepcopy(memo)
@@ -147,8 +147,23 @@ def _autograd_grad(*_: Any, **__: Any) -> Any:
 
 #: Functions whose result is a value of Python's.
 _VALUES: Final = frozenset(
-    "item tolist numpy equal allclose is_nonzero __bool__ __float__ __int__ __index__ __long__ "
-    "__complex__ __nonzero__ __contains__ __array__".split()
+    [
+        "item",
+        "tolist",
+        "numpy",
+        "equal",
+        "allclose",
+        "is_nonzero",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__long__",
+        "__complex__",
+        "__nonzero__",
+        "__contains__",
+        "__array__",
+    ]
 )
 #: Answered without a command, by torch's function.
 LOCAL: Final = _build()

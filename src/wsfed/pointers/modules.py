@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from wsfed.errors import PointerError
 from wsfed.pointers.link import Link, link_of
-from wsfed.pointers.pointer import Pointer, make_pointer, make_sent
+from wsfed.pointers.pointer import Pointer, make_sent
 
 __all__ = ["copy", "get", "move", "send"]
 
@@ -82,7 +82,7 @@ def copy(value: Any, worker: Any = None) -> Any:
     return _each(value, lambda tensor: _pointer(tensor).copy(worker))
 
 
-# --- collections -----------------------------------------------------------------------------------------
+# --- collections ---------------------------------------------------------------------------------
 
 
 def _each(value: Any, work: Callable[[torch.Tensor], Any], *_: Any) -> Any:
@@ -125,7 +125,7 @@ def _get_each(value: Any) -> Any:
     return links[0].run(gather())
 
 
-# --- modules -----------------------------------------------------------------------------------------------
+# --- modules -------------------------------------------------------------------------------------
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -178,7 +178,7 @@ def _swap(tensor: torch.Tensor, other: torch.Tensor) -> None:
         if name not in _OWN:
             other.__dict__[name] = value
     try:
-        torch.utils.swap_tensors(tensor, other)
+        torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise PointerError(
             "this module's parameters are part of a local graph (a loss or a hook that is still "
@@ -271,5 +271,3 @@ def _get_state(optimizer: torch.optim.Optimizer) -> Any:
         return optimizer
 
     return link.run(bring_home())
-
-

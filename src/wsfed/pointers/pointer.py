@@ -115,7 +115,9 @@ class Pointer(torch.Tensor):
         link, meta = self._handle.link, self._known()
         id = link.new_id()
         link.issue(m.Clone(self._handle.id, id).wire(), capture_site())
-        return _make(link, id, intern_meta(meta.shape, _dense(meta), meta.dtype, meta.requires_grad, True))
+        return _make(
+            link, id, intern_meta(meta.shape, _dense(meta), meta.dtype, meta.requires_grad, True)
+        )
 
     def tag(self, *tags: str) -> Pointer:
         """Add tags, by which a search finds the tensor."""
@@ -130,7 +132,9 @@ class Pointer(torch.Tensor):
     def resolve(self) -> Any:
         """Ask the worker for the shape, where it depends on values; gives the pointer."""
         link = self._handle.link
-        asked = link.ask(lambda request: m.Describe(request, self._handle.id).wire(), capture_site())
+        asked = link.ask(
+            lambda request: m.Describe(request, self._handle.id).wire(), capture_site()
+        )
 
         async def learn() -> Pointer:
             told = await asked
@@ -198,7 +202,14 @@ class Pointer(torch.Tensor):
         self._check_grad(value)
         wire = None if value is None else [REF, value._handle.id]
         self._handle.link.issue(
-            [m.Execute.code, "torch.Tensor.grad.__set__", [], [[REF, self._handle.id], wire], {}, 0],
+            [
+                m.Execute.code,
+                "torch.Tensor.grad.__set__",
+                [],
+                [[REF, self._handle.id], wire],
+                {},
+                0,
+            ],
             capture_site(),
         )
         node = self._graph_node()
@@ -266,13 +277,17 @@ class Pointer(torch.Tensor):
     def _set_meta(self, meta: Meta) -> None:
         old: Meta | None = self.__dict__["_meta"]
         self.__dict__["_meta"] = meta
-        if old is None or (old.shape, old.stride, old.dtype) != (meta.shape, meta.stride, meta.dtype):
+        if old is None or (old.shape, old.stride, old.dtype) != (
+            meta.shape,
+            meta.stride,
+            meta.dtype,
+        ):
             with _OFF():
                 self.data = _empty(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
 
     # --- Python around it ---
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         handle, meta = self._handle, self.__dict__.get("_meta")
         what = (
             "unresolved"
@@ -309,7 +324,7 @@ class Pointer(torch.Tensor):
             made.__dict__["_is_param"] = True
         return made
 
-    def new_tensor(self, data: Any, **options: Any) -> torch.Tensor:
+    def new_tensor(self, data: Any, **options: Any) -> torch.Tensor:  # type: ignore[override]
         """A local tensor of this dtype; it travels along when it meets a pointer."""
         return torch.tensor(data, **self._like(options))
 

@@ -148,7 +148,9 @@ def _infer(
     give = iter(shadows)
     shadow_args = [_replace(arg, give) for arg in args]
     shadow_kwargs = {
-        name: torch.device("meta") if name == "device" and value is not None else _replace(value, give)
+        name: torch.device("meta")
+        if name == "device" and value is not None
+        else _replace(value, give)
         for name, value in kwargs.items()
     }
     if function is torch.Tensor.to:
@@ -169,7 +171,7 @@ def _read(result: Any, shadows: list[torch.Tensor], metas: Sequence[Meta]) -> In
     roots = {id(_root(shadow)): place for place, shadow in reversed(list(enumerate(shadows)))}
     single = isinstance(result, torch.Tensor)
     return Inferred(
-        outs=tuple(places.get(id(t), meta_of(t)) for t in tensors),  # type: ignore[arg-type]
+        outs=tuple(places.get(id(t), meta_of(t)) for t in tensors),
         views=tuple(roots.get(id(_root(t)), -1) if t._is_view() else -1 for t in tensors),
         changed=tuple(
             (place, after)
@@ -184,7 +186,11 @@ def _read(result: Any, shadows: list[torch.Tensor], metas: Sequence[Meta]) -> In
 
 def _differ(a: Meta, b: Meta) -> bool:
     return (a.shape, a.stride, a.dtype, a.requires_grad, a.is_leaf) != (
-        b.shape, b.stride, b.dtype, b.requires_grad, b.is_leaf,
+        b.shape,
+        b.stride,
+        b.dtype,
+        b.requires_grad,
+        b.is_leaf,
     )
 
 

@@ -107,7 +107,7 @@ class Frame:
         return self.segments[entry.place : entry.place + entry.nbytes]
 
 
-# --- sending -----------------------------------------------------------------------------------
+# --- sending -------------------------------------------------------------------------------------
 
 
 def pack(value: Any) -> bytes:
@@ -172,7 +172,7 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * ITEM_SIZES[dtype]
 
 
-# --- receiving ---------------------------------------------------------------------------------
+# --- receiving -----------------------------------------------------------------------------------
 
 
 def _malformed(reason: str) -> RemoteProtocolError:

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, TypeVar, cast
+from typing import Any, ClassVar, Final, TypeVar, cast, dataclass_transform
 
 from wsfed.errors import RemoteProtocolError
 from wsfed.protocol import limits
@@ -78,9 +78,12 @@ class Message:
     kind: ClassVar[str]
     checks: ClassVar[tuple[tuple[str, Check], ...]]
 
-    def wire(self) -> list[Any]:
-        """The message as msgpack sees it."""
-        return [self.code, *(getattr(self, name) for name, _ in self.checks)]
+    def wire(self, **changes: Any) -> list[Any]:
+        """The message as msgpack sees it, with some fields changed."""
+        fields = (
+            changes[name] if name in changes else getattr(self, name) for name, _ in self.checks
+        )
+        return [self.code, *fields]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class Check:
     accepts: Callable[[Any], bool]
 
 
-# --- what a field can be -----------------------------------------------------------------------
+# --- what a field can be -------------------------------------------------------------------------
 
 
 def _is_uint(value: Any) -> bool:
@@ -157,15 +160,44 @@ def _texts(most: int) -> Any:
     return _field(f"a list of at most {most} texts", _list_of(_is_text, most))
 
 
+def _is_failure(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 5
+        and all(map(_is_text, value[:4]))
+        and _list_of(_is_text, 256)(value[4])
+    )
+
+
+#: A failure on the wire: ``[class, type, message, op, shapes]``.
+def _failure() -> Any:
+    return _field("a failure: [class, type, message, op, [shapes]]", _is_failure)
+
+
 def _mapping() -> Any:
     return _field("a map with text keys", lambda value: type(value) is dict)
 
 
-_M = TypeVar("_M", bound=type[Message])
+_M = TypeVar("_M", bound=Message)
 
 
-def _message(code: int, kind: str) -> Callable[[_M], _M]:
-    def register(cls: _M) -> _M:
+@dataclass_transform(
+    frozen_default=True,
+    field_specifiers=(
+        _field,
+        _uint,
+        _id,
+        _ids,
+        _text,
+        _bytes,
+        _flag,
+        _texts,
+        _mapping,
+        _failure,
+    ),
+)
+def _message(code: int, kind: str) -> Callable[[type[_M]], type[_M]]:
+    def register(cls: type[_M]) -> type[_M]:
         made = dataclass(frozen=True, slots=True)(cls)
         made.code, made.kind = code, kind
         made.checks = tuple(
@@ -177,7 +209,7 @@ def _message(code: int, kind: str) -> Callable[[_M], _M]:
     return register
 
 
-# --- control: outside the numbered stream ------------------------------------------------------
+# --- control: outside the numbered stream --------------------------------------------------------
 
 
 @_message(1, CONTROL)
@@ -260,7 +292,7 @@ class Cancel(Message):
     seq: int = _uint()
 
 
-# --- stream: numbered, either direction ---------------------------------------------------------
+# --- stream: numbered, either direction ----------------------------------------------------------
 
 
 @_message(16, STREAM)
@@ -428,21 +460,7 @@ class Clone(Message):
     copy: int = _id()
 
 
-# --- replies: worker to client --------------------------------------------------------------------
-
-
-def _is_failure(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 5
-        and all(map(_is_text, value[:4]))
-        and _list_of(_is_text, 256)(value[4])
-    )
-
-
-#: A failure on the wire: ``[class, type, message, op, shapes]``.
-def _failure() -> Any:
-    return _field("a failure: [class, type, message, op, [shapes]]", _is_failure)
+# --- replies: worker to client -------------------------------------------------------------------
 
 
 @_message(64, REPLIES)

@@ -313,9 +313,7 @@ class Session:
         if self.state is not State.LIVE:
             return None
         frame = self.sender.next_frame(self._tell)
-        if frame is None and (
-            self.receiver.owes_ack or (self._ack_asked and self.receiver.untold)
-        ):
+        if frame is None and (self.receiver.owes_ack or (self._ack_asked and self.receiver.untold)):
             frame = encode(0, self._tell(), [pack(messages.Ack().wire())])
         return frame
 

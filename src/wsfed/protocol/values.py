@@ -56,5 +56,5 @@ SIZE = 11
 
 #: What msgpack can carry without extension types.
 Wire: TypeAlias = (
-    None | bool | int | float | str | bytes | list["Wire"] | tuple["Wire", ...] | dict[str, "Wire"]
+    bool | int | float | str | bytes | list["Wire"] | tuple["Wire", ...] | dict[str, "Wire"] | None
 )

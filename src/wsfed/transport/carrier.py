@@ -8,7 +8,6 @@ store under these identifiers and do nothing else.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 
 from wsfed.errors import RemoteError, RemoteProtocolError
@@ -34,9 +33,7 @@ class _Carrier:
 
     def put(self, id: int, requires_grad: bool, tensor: Outgoing) -> None:
         store = m.Store(id, 0, requires_grad)
-        self._session.sender.put_tensor(
-            lambda place: dataclasses.replace(store, tensor=place).wire(), tensor
-        )
+        self._session.sender.put_tensor(lambda place: store.wire(tensor=place), tensor)
 
     def flush(self) -> None:
         self._session.sender.put(m.Flush(1).wire())

@@ -26,6 +26,7 @@ from wsfed.errors import (
 )
 from wsfed.ops.arguments import decode
 from wsfed.ops.table import Op, lookup
+from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Outgoing
 from wsfed.protocol.stream import Incoming
@@ -153,9 +154,7 @@ class Interpreter:
             shapes = [describe(e.value) for e in seen if isinstance(e.value, torch.Tensor)]
             self._fail(command, poison_of(error, name, shapes, self._at), outcome, first=True)
 
-    def _fail(
-        self, command: m.Message, failure: Failure, outcome: Outcome, *, first: bool
-    ) -> None:
+    def _fail(self, command: m.Message, failure: Failure, outcome: Outcome, *, first: bool) -> None:
         results = _results(command)
         self.store.poison(results, failure)
         request = getattr(command, "request", 0)
@@ -280,7 +279,7 @@ class Interpreter:
         gradients = command.gradients
         torch.autograd.backward(
             [look(id) for id in command.roots],
-            None if gradients is None else [look(id) if id else None for id in gradients],  # type: ignore[misc]
+            None if gradients is None else [look(id) if id else None for id in gradients],
             retain_graph=command.retain_graph,
             create_graph=command.create_graph,
             inputs=None if command.inputs is None else [look(id) for id in command.inputs],
@@ -312,13 +311,11 @@ class Interpreter:
             tensors.append((tensor.requires_grad, outgoing(tensor)))
         if len(command.names) != len(command.ids):
             raise RemoteError("a move names each object once")
-        return Carry(
-            command.request, command.url, command.ticket, command.names, tensors, self._at
-        )
+        return Carry(command.request, command.url, command.ticket, command.names, tensors, self._at)
 
     def _tag(self, id: int, tags: list[str], description: str) -> None:
         entry = self.store.entry(id)
-        entry.tags = list(dict.fromkeys([*entry.tags, *tags]))[: m.limits.MAX_TAGS]
+        entry.tags = list(dict.fromkeys([*entry.tags, *tags]))[: limits.MAX_TAGS]
         entry.description = description or entry.description
 
     def _describe(self, id: int) -> dict[str, Any]:

@@ -14,7 +14,6 @@ Rules:
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ __all__ = [
 ]
 
 
-# --- events ------------------------------------------------------------------------------------
+# --- events --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,9 +282,7 @@ class WorkerSession:
             self._put_value(message)
         else:
             assert isinstance(message, m.TensorReply)
-            self.protocol.sender.put_tensor(
-                lambda place: dataclasses.replace(message, tensor=place).wire(), reply.tensor
-            )
+            self.protocol.sender.put_tensor(lambda place: message.wire(tensor=place), reply.tensor)
 
     def _put_value(self, message: m.Message) -> None:
         try:

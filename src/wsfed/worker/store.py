@@ -117,8 +117,8 @@ class Store:
             old.labels |= labels
             return
         size = _size(tensor)
-        if self._estimate + size > self._max_bytes:
-            self._check_bytes(tensor)
+        if self._estimate + size - (_size(old.value) if old else 0) > self._max_bytes:
+            self._check_bytes(id, tensor)
         if old is None and len(self._entries) >= self._max_objects:
             raise QuotaExceeded(f"a session holds at most {self._max_objects:,} objects")
         if old is not None:
@@ -173,15 +173,14 @@ class Store:
                 f"{nbytes:,} more bytes would be above the {self._max_bytes:,} of this session"
             )
 
-    def _check_bytes(self, tensor: torch.Tensor) -> None:
+    def _check_bytes(self, id: int, tensor: torch.Tensor) -> None:
         """The estimate counts views as if they had memory of their own; here they share it."""
-        if self._bytes(tensor) > self._max_bytes:
-            raise QuotaExceeded(
-                f"{describe(tensor)} does not fit into the {self._max_bytes:,} bytes of this session"
-            )
+        if self._bytes(id, tensor) > self._max_bytes:
+            limit = f"{self._max_bytes:,} bytes of this session"
+            raise QuotaExceeded(f"{describe(tensor)} does not fit into the {limit}")
 
-    def _bytes(self, extra: torch.Tensor | None = None) -> int:
-        tensors = [entry.value for entry in self._entries.values()]
+    def _bytes(self, replaced: int = 0, extra: torch.Tensor | None = None) -> int:
+        tensors = [entry.value for id, entry in self._entries.items() if id != replaced]
         storages = {
             (storage := tensor.untyped_storage()).data_ptr(): storage.nbytes()
             for tensor in [*tensors, extra]

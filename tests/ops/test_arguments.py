@@ -214,14 +214,13 @@ tagged = st.recursive(
 
 @given(tagged)
 def test_anything_is_an_argument_or_malformed(wire: Any) -> None:
+    said = "nothing"
     try:
         decode(wire, lambda id: TENSORS[0], CPU)
-    except RemoteProtocolError as error:
-        assert error.code == "malformed"
-        assert len(str(error)) < 200
-        assert str(error).isascii()
-    except OpNotAllowed as error:
-        assert len(str(error)) < 200
+    except (RemoteProtocolError, OpNotAllowed) as error:
+        said = str(error)
+    assert len(said) < 200
+    assert said.isascii()
 
 
 @pytest.mark.parametrize(

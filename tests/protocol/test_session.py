@@ -304,3 +304,15 @@ def test_what_lies_behind_a_gate_waits_until_it_opens() -> None:
     gate.is_open = True
     pair.run()
     assert pair.executed == [1, 2, 3]
+
+
+def test_a_note_is_kept_for_the_replies_that_come_with_its_acknowledgement() -> None:
+    pair = live_pair()
+    pair.client.sender.put(m.Flush(1).wire(), note="line 7")
+    pair.run()
+    assert pair.client.sender.acknowledged == 1
+    assert pair.client.sender.note(1, 0) == "line 7"
+    assert pair.client.sender.note(1, 1) is None
+    put_flushes(pair.client, range(2, 3))
+    pair.run()
+    assert pair.client.sender.note(1, 0) is None

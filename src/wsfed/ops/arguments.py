@@ -56,7 +56,7 @@ _CONSTANTS: Final[Mapping[int, Mapping[str, Any]]] = MappingProxyType(
     {v.DTYPE: _DTYPES, v.LAYOUT: _LAYOUTS, v.MEMORY_FORMAT: _FORMATS}
 )
 
-# --- client: to wire form ------------------------------------------------------------------------
+# --- client: to wire form -------------------------------------------------------------------------
 
 
 def encode(value: Any, ref: Ref) -> Wire:
@@ -79,7 +79,7 @@ def _encode(value: Any, ref: Ref, depth: int) -> Wire:
     if isinstance(value, torch.Tensor):
         return [v.REF, ref(value)]
     encoder = _ENCODERS.get(kind) or _related(value)
-    if depth >= limits.MAX_DEPTH:
+    if depth >= limits.MAX_DEPTH and kind is not int and kind is not str:
         raise TypeError(f"an argument nests deeper than {limits.MAX_DEPTH}")
     return encoder(value, ref, depth)
 
@@ -207,7 +207,7 @@ def _why_not(value: Any) -> str:
     return f"{name} does not travel to a worker"
 
 
-# --- worker: from wire form ----------------------------------------------------------------------
+# --- worker: from wire form -----------------------------------------------------------------------
 
 
 def decode(wire: Any, resolve: Resolve, device: torch.device) -> Any:

@@ -57,7 +57,7 @@ def _lu(*args: Any, **kwargs: Any) -> str | None:
     return "out is refused: assign with copy_" if len(args) > 3 else None
 
 
-# --- devices named by text -----------------------------------------------------------------------
+# --- devices named by text ------------------------------------------------------------------------
 
 _TYPE_NAME: Final = re.compile(r"torch\.[A-Z][A-Za-z0-9]*Tensor")
 
@@ -75,7 +75,7 @@ def _type(tensor: Tensor, dtype: Any = None, non_blocking: bool = False) -> str 
     return None
 
 
-# --- sizes ---------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> str | None:
@@ -126,7 +126,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> str | None:
     return None
 
 
-# --- modes ---------------------------------------------------------------------------------------
+# --- modes ----------------------------------------------------------------------------------------
 
 
 def _grid_sampler(
@@ -139,7 +139,15 @@ def _grid_sampler(
     return None
 
 
-# --- indices -------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _matrix_power(input: Tensor, n: int) -> str | None:
+    # It turns n < 0 into -n and calls itself; the smallest integer has no opposite.
+    return None if type(n) is int and abs(n) < 2**63 else "the power has to fit into 63 bits"
+
+
+# --- indices --------------------------------------------------------------------------------------
 
 
 def _ctc(
@@ -201,6 +209,9 @@ _GUARDS: Final[Mapping[str, Callable[..., str | None]]] = MappingProxyType(
         "torch.grid_sampler": _grid_sampler,
         "torch.grid_sampler_2d": _grid_sampler,
         "torch.grid_sampler_3d": _grid_sampler,
+        "torch.matrix_power": _matrix_power,
+        "torch.Tensor.matrix_power": _matrix_power,
+        "torch.linalg.matrix_power": _matrix_power,
         "torch.ctc_loss": _ctc,
         "torch.nn.functional.ctc_loss": _ctc,
         "torch.nn.functional.embedding_bag": _bag,

@@ -364,40 +364,38 @@ ROWS: Final = """
     torch.functional.lu torch.functional.meshgrid torch.functional.split torch.functional.unique
     torch.functional.unique_consecutive torch.gather torch.gcd torch.ge torch.ger torch.gradient
     torch.grid_sampler torch.grid_sampler_2d torch.grid_sampler_3d torch.group_norm torch.gt
-    torch.heaviside torch.hinge_embedding_loss torch.histc torch.histogram torch.histogramdd
-    torch.hsplit torch.hstack torch.hypot torch.i0 torch.igamma torch.igammac torch.imag
-    torch.index_add torch.index_copy torch.index_fill torch.index_put torch.index_reduce
-    torch.index_select torch.instance_norm torch.isclose torch.isfinite torch.isin torch.isinf
-    torch.isnan torch.isneginf torch.isposinf torch.isreal torch.kron torch.kthvalue
-    torch.layer_norm torch.lcm torch.ldexp torch.le torch.lerp torch.lgamma torch.linalg.cross
-    torch.linalg.diagonal torch.linalg.lu torch.linalg.lu_factor torch.linalg.lu_factor_ex
-    torch.linalg.vander torch.log torch.log10 torch.log1p torch.log2 torch.log_softmax
-    torch.logaddexp torch.logaddexp2 torch.logcumsumexp torch.logical_and torch.logical_not
-    torch.logical_or torch.logical_xor torch.logit torch.lt torch.lu_unpack torch.masked_fill
-    torch.masked_scatter torch.masked_select torch.max torch.max_pool1d
-    torch.max_pool1d_with_indices torch.max_pool2d torch.max_pool3d torch.maximum torch.median
-    torch.min torch.minimum torch.mode torch.moveaxis torch.movedim torch.msort torch.mul
-    torch.mvlgamma torch.nan_to_num torch.nanmedian torch.nanquantile torch.narrow
-    torch.narrow_copy torch.native_dropout torch.native_group_norm torch.native_layer_norm
-    torch.ne torch.neg torch.nextafter torch.nn.functional.adaptive_avg_pool1d
-    torch.nn.functional.adaptive_avg_pool2d torch.nn.functional.adaptive_avg_pool3d
-    torch.nn.functional.adaptive_max_pool1d torch.nn.functional.adaptive_max_pool1d_with_indices
-    torch.nn.functional.adaptive_max_pool2d torch.nn.functional.adaptive_max_pool2d_with_indices
-    torch.nn.functional.adaptive_max_pool3d torch.nn.functional.adaptive_max_pool3d_with_indices
-    torch.nn.functional.alpha_dropout torch.nn.functional.avg_pool1d
-    torch.nn.functional.avg_pool2d torch.nn.functional.avg_pool3d torch.nn.functional.batch_norm
-    torch.nn.functional.celu torch.nn.functional.channel_shuffle torch.nn.functional.dropout
-    torch.nn.functional.dropout1d torch.nn.functional.dropout2d torch.nn.functional.dropout3d
-    torch.nn.functional.elu torch.nn.functional.embedding
+    torch.heaviside torch.histc torch.histogram torch.histogramdd torch.hsplit torch.hstack
+    torch.hypot torch.i0 torch.igamma torch.igammac torch.imag torch.index_add torch.index_copy
+    torch.index_fill torch.index_put torch.index_reduce torch.index_select torch.instance_norm
+    torch.isclose torch.isfinite torch.isin torch.isinf torch.isnan torch.isneginf
+    torch.isposinf torch.isreal torch.kron torch.kthvalue torch.layer_norm torch.lcm torch.ldexp
+    torch.le torch.lerp torch.lgamma torch.linalg.cross torch.linalg.diagonal torch.linalg.lu
+    torch.linalg.lu_factor torch.linalg.lu_factor_ex torch.linalg.vander torch.log torch.log10
+    torch.log1p torch.log2 torch.log_softmax torch.logaddexp torch.logaddexp2 torch.logcumsumexp
+    torch.logical_and torch.logical_not torch.logical_or torch.logical_xor torch.logit torch.lt
+    torch.lu_unpack torch.masked_fill torch.masked_scatter torch.masked_select torch.max
+    torch.max_pool1d torch.max_pool1d_with_indices torch.max_pool2d torch.max_pool3d
+    torch.maximum torch.median torch.min torch.minimum torch.mode torch.moveaxis torch.movedim
+    torch.msort torch.mul torch.mvlgamma torch.nan_to_num torch.nanmedian torch.nanquantile
+    torch.narrow torch.narrow_copy torch.native_dropout torch.native_group_norm
+    torch.native_layer_norm torch.ne torch.neg torch.nextafter
+    torch.nn.functional.adaptive_avg_pool1d torch.nn.functional.adaptive_avg_pool2d
+    torch.nn.functional.adaptive_avg_pool3d torch.nn.functional.adaptive_max_pool1d
+    torch.nn.functional.adaptive_max_pool1d_with_indices torch.nn.functional.adaptive_max_pool2d
+    torch.nn.functional.adaptive_max_pool2d_with_indices torch.nn.functional.adaptive_max_pool3d
+    torch.nn.functional.adaptive_max_pool3d_with_indices torch.nn.functional.alpha_dropout
+    torch.nn.functional.avg_pool1d torch.nn.functional.avg_pool2d torch.nn.functional.avg_pool3d
+    torch.nn.functional.batch_norm torch.nn.functional.celu torch.nn.functional.channel_shuffle
+    torch.nn.functional.dropout torch.nn.functional.dropout1d torch.nn.functional.dropout2d
+    torch.nn.functional.dropout3d torch.nn.functional.elu torch.nn.functional.embedding
     torch.nn.functional.feature_alpha_dropout torch.nn.functional.fold torch.nn.functional.gelu
     torch.nn.functional.grid_sample torch.nn.functional.group_norm
     torch.nn.functional.hardshrink torch.nn.functional.hardsigmoid torch.nn.functional.hardswish
-    torch.nn.functional.hardtanh torch.nn.functional.hinge_embedding_loss
-    torch.nn.functional.instance_norm torch.nn.functional.interpolate
-    torch.nn.functional.layer_norm torch.nn.functional.leaky_relu
-    torch.nn.functional.local_response_norm torch.nn.functional.log_softmax
-    torch.nn.functional.logsigmoid torch.nn.functional.lp_pool1d torch.nn.functional.lp_pool2d
-    torch.nn.functional.lp_pool3d torch.nn.functional.max_pool1d
+    torch.nn.functional.hardtanh torch.nn.functional.instance_norm
+    torch.nn.functional.interpolate torch.nn.functional.layer_norm
+    torch.nn.functional.leaky_relu torch.nn.functional.local_response_norm
+    torch.nn.functional.log_softmax torch.nn.functional.logsigmoid torch.nn.functional.lp_pool1d
+    torch.nn.functional.lp_pool2d torch.nn.functional.lp_pool3d torch.nn.functional.max_pool1d
     torch.nn.functional.max_pool1d_with_indices torch.nn.functional.max_pool2d
     torch.nn.functional.max_pool2d_with_indices torch.nn.functional.max_pool3d
     torch.nn.functional.max_pool3d_with_indices torch.nn.functional.max_unpool1d

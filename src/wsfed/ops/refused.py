@@ -46,7 +46,7 @@ _REASONS: Final[tuple[tuple[str, str], ...]] = (
         """,
     ),
     (
-        "it gives uninitialised or neighbouring memory, perhaps of others; use zeros_like or slices",
+        "it gives uninitialised or neighbouring memory, maybe another's; use zeros_like or slices",
         """
         Tensor.as_strided Tensor.as_strided_ Tensor.as_strided_scatter Tensor.new Tensor.new_empty
         Tensor.new_empty_strided Tensor.resize Tensor.resize_ Tensor.resize_as Tensor.resize_as_

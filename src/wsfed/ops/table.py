@@ -115,7 +115,7 @@ def depends_on_floats(name: str) -> bool:
     return name in _BY_FLOATS
 
 
-# --- building it, from what is checked in --------------------------------------------------------
+# --- building it, from what is checked in ---------------------------------------------------------
 
 _PLACES: Final[Mapping[str, ModuleType | type]] = MappingProxyType(
     {

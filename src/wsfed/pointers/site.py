@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import sys
 from pathlib import Path
 from types import CodeType
@@ -15,10 +18,14 @@ __all__ = ["Site", "capture_site", "describe_site"]
 Site: TypeAlias = tuple[CodeType, int]
 
 _OURS: Final = (
-    str(Path(__file__).parent.parent) + "/",
-    str(Path(torch.__file__).parent) + "/",
+    str(Path(__file__).parent.parent) + os.sep,
+    str(Path(torch.__file__).parent) + os.sep,
+    str(Path(asyncio.__file__).parent) + os.sep,
+    contextlib.__file__,
     "<frozen ",
 )
+#: Written as a user would write it.
+_USERS: Final = str(Path(__file__).parent.parent / "testing.py")
 #: Whether a code object is torch's or wsfed's. Code objects live as long as their functions.
 _SKIPPED: dict[CodeType, bool] = {}
 _MOST: Final = 50_000
@@ -41,7 +48,7 @@ def capture_site() -> Site | None:
 def _remember(code: CodeType) -> bool:
     if len(_SKIPPED) >= _MOST:
         _SKIPPED.clear()
-    skip = code.co_filename.startswith(_OURS) or code.co_filename.endswith("/contextlib.py")
+    skip = code.co_filename.startswith(_OURS) and code.co_filename != _USERS
     _SKIPPED[code] = skip
     return skip
 

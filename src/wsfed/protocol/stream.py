@@ -68,7 +68,6 @@ class _Sent:
     seq: int
     size: int
     buffers: list[Buffer]
-    notes: Sequence[Any]
 
 
 class Gate:
@@ -110,6 +109,7 @@ class Sender:
         self._queue: deque[_Item] = deque()
         self._unacknowledged: deque[_Sent] = deque()
         self._again: deque[_Sent] = deque()
+        self._notes: dict[int, Sequence[Any]] = {}
         self._in_flight = 0
         # Two counters, so that each is written by one thread.
         self._put_bytes = 0
@@ -125,7 +125,7 @@ class Sender:
 
         Args:
             message: in wire form.
-            note: kept until the message is acknowledged (:meth:`note`).
+            note: kept while an answer may come (:meth:`note`).
 
         Raises:
             LocalProtocolError: it has no wire form, or is larger than a frame may be.
@@ -148,7 +148,7 @@ class Sender:
         Args:
             make: gives the message for the tensor's place in the table.
             tensor: its bytes, which must not change any more.
-            note: kept until the message is acknowledged.
+            note: as for :meth:`put`.
         """
         if len(tensor.data) > limits.MAX_TENSOR_BYTES:
             raise LocalProtocolError("tensor-size", f"{len(tensor.data):,} bytes are too many")
@@ -285,7 +285,9 @@ class Sender:
         self.sent += 1
         size = sum(map(len, buffers))
         self._in_flight += size
-        self._unacknowledged.append(_Sent(self.sent, size, buffers, notes))
+        self._unacknowledged.append(_Sent(self.sent, size, buffers))
+        if any(note is not None for note in notes):
+            self._notes[self.sent] = notes
         return buffers
 
     # --- what the peer says ---
@@ -298,6 +300,9 @@ class Sender:
         """
         if ack > self.sent:
             raise RemoteProtocolError("ack", f"frame {ack} was never sent (last {self.sent})")
+        # Notes are kept for one acknowledgement longer: the replies that need them come with it.
+        while self._notes and (oldest := next(iter(self._notes))) <= self.acknowledged:
+            del self._notes[oldest]
         while self._unacknowledged and self._unacknowledged[0].seq <= ack:
             self._in_flight -= self._unacknowledged.popleft().size
         while self._again and self._again[0].seq <= ack:
@@ -322,11 +327,9 @@ class Sender:
         self._again = deque(sent for sent in self._unacknowledged if sent.seq > received)
 
     def note(self, seq: int, index: int) -> Any:
-        """The note of a message that is not acknowledged yet, else ``None``."""
-        for sent in self._unacknowledged:
-            if sent.seq == seq:
-                return sent.notes[index] if index < len(sent.notes) else None
-        return None
+        """The note of a message, while what answers it may still come; else ``None``."""
+        notes = self._notes.get(seq, ())
+        return notes[index] if index < len(notes) else None
 
 
 def _is_large(tensor: Outgoing) -> bool:

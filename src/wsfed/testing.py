@@ -1,0 +1,369 @@
+"""Tools for testing workers and what is built on them.
+
+- :func:`check_worker`: whether a worker behaves as every worker has to. One suite for workers in
+  this process, behind a socket, and whatever comes later.
+- :class:`Recorder`: what passes between client and worker, and how often the client waited.
+- :class:`FaultyWire`: a wire that breaks after so many messages.
+- :func:`worker_over`: a worker's handle over any wire; :func:`memory_wires`: two ends of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wsfed.client.connection import Connection
+from wsfed.client.worker import Worker
+from wsfed.errors import ConnectionLost, NotCollocated, NotFound, OpNotAllowed, RemoteError
+from wsfed.pointers import modules
+from wsfed.pointers.pointer import Pointer, make_pointer
+from wsfed.protocol import messages as m
+from wsfed.protocol.codec import Buffer, decode
+from wsfed.transport.memory import pair as memory_wires
+from wsfed.transport.websocket import dial
+from wsfed.transport.wire import Wire, WireLost
+
+__all__ = [
+    "CHECKS",
+    "Connect",
+    "FaultyWire",
+    "Recorder",
+    "check_worker",
+    "dial",
+    "memory_wires",
+    "worker_over",
+]
+
+#: Gives a fresh session on the worker that is tested, each time it is called.
+Connect: TypeAlias = Callable[[], AbstractAsyncContextManager[Worker]]
+#: Makes a connection.
+OpenWire: TypeAlias = Callable[[], Awaitable[Wire]]
+
+# --- wires ---------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def worker_over(
+    open_wire: OpenWire, *, url: str = "test:", reconnect: float = 0.0
+) -> AsyncIterator[Worker]:
+    """A worker's handle over a wire of your own.
+
+    Args:
+        open_wire: makes the connection, and makes it again after it broke.
+        url: shown in errors.
+        reconnect: seconds to go on trying after the connection broke.
+
+    Raises:
+        ConnectionLost: no connection could be made.
+    """
+    connection = Connection(url, open_wire, asyncio.get_running_loop(), reconnect=reconnect)
+    worker = Worker("", connection)
+    connection.start()
+    async with worker:
+        yield worker
+
+
+@dataclass
+class Recorder:
+    """Keeps every frame that passes through the wires it wraps.
+
+    Attributes:
+        frames: ``"sent"`` or ``"received"`` (by the client), and the bytes.
+    """
+
+    frames: list[tuple[str, bytes]] = field(default_factory=list)
+
+    def wrap(self, open_wire: OpenWire) -> OpenWire:
+        """The same, recorded."""
+
+        async def opened() -> Wire:
+            return _RecordedWire(await open_wire(), self.frames)
+
+        return opened
+
+    def messages(self) -> list[tuple[str, m.Message]]:
+        """Every message, in the order in which it passed."""
+        kinds = (m.CONTROL, m.COMMANDS, m.REPLIES, m.STREAM)
+        return [
+            (direction, m.parse(raw, kinds))
+            for direction, data in self.frames
+            for raw in decode(data).messages
+        ]
+
+    @property
+    def round_trips(self) -> int:
+        """How often the client waited: requests that were answered before more was asked."""
+        trips, waiting = 0, False
+        for direction, message in self.messages():
+            if direction == "sent" and message.kind == m.COMMANDS and hasattr(message, "request"):
+                waiting = True
+            elif direction == "received" and message.kind == m.REPLIES and waiting:
+                trips, waiting = trips + 1, False
+        return trips
+
+    def nbytes(self, direction: str) -> int:
+        """Bytes that passed in one direction."""
+        return sum(len(data) for way, data in self.frames if way == direction)
+
+
+class _RecordedWire:
+    def __init__(self, wire: Wire, frames: list[tuple[str, bytes]]) -> None:
+        self._wire, self._frames = wire, frames
+
+    async def send(self, message: Sequence[Buffer]) -> None:
+        self._frames.append(("sent", b"".join(message)))
+        await self._wire.send(message)
+
+    async def receive(self) -> Buffer:
+        message = await self._wire.receive()
+        self._frames.append(("received", bytes(message)))
+        return message
+
+    async def close(self, reason: str = "") -> None:
+        await self._wire.close(reason)
+
+
+class FaultyWire:
+    """A wire that is lost after so many messages; the one it would break on may get through.
+
+    Args:
+        wire: what it wraps.
+        messages: how many pass, both directions together.
+    """
+
+    def __init__(self, wire: Wire, messages: int) -> None:
+        self._wire, self._left = wire, messages
+
+    async def send(self, message: Sequence[Buffer]) -> None:
+        """See :class:`~wsfed.transport.wire.Wire`."""
+        await self._count()
+        await self._wire.send(message)
+
+    async def receive(self) -> Buffer:
+        """See :class:`~wsfed.transport.wire.Wire`."""
+        message = await self._wire.receive()
+        await self._count()
+        return message
+
+    async def close(self, reason: str = "") -> None:
+        """See :class:`~wsfed.transport.wire.Wire`."""
+        await self._wire.close(reason)
+
+    async def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            await self._wire.close("broken on purpose")
+            raise WireLost("broken on purpose")
+
+
+# --- conformance -----------------------------------------------------------------------------------
+
+
+async def check_worker(connect: Connect) -> list[str]:
+    """Check that a worker behaves as every worker has to.
+
+    Args:
+        connect: gives a fresh session on the worker, as ``lambda: wsfed.connect(url)`` does.
+
+    Returns:
+        The names of the checks that passed: all of them.
+
+    Raises:
+        AssertionError: the first check that failed, by name.
+    """
+    for check in CHECKS:
+        try:
+            await check(connect)
+        except Exception as error:
+            name = check.__name__.lstrip("_").replace("_", " ")
+            raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+    return [check.__name__.lstrip("_").replace("_", " ") for check in CHECKS]
+
+
+async def _a_tensor_comes_back_as_it_was(connect: Connect) -> None:
+    tensors = [
+        torch.arange(6.0).reshape(2, 3),
+        torch.arange(6).reshape(2, 3).t(),
+        torch.tensor(1.5, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.tensor([1 + 2j]),
+        torch.zeros(0, 3),
+        torch.zeros(1).expand(4),
+        torch.tensor([float("nan"), float("inf"), -0.0]),
+    ]
+    async with connect() as worker:
+        for tensor in tensors:
+            back = await worker.send(tensor).get()
+            assert back.dtype == tensor.dtype
+            assert back.shape == tensor.shape
+            assert torch.equal(back.view(-1).isnan(), tensor.reshape(-1).isnan())
+            assert torch.equal(back.nan_to_num(), tensor.nan_to_num())
+
+
+async def _a_large_tensor_travels_in_chunks_both_ways(connect: Connect) -> None:
+    tensor = torch.arange(600_000, dtype=torch.int32)
+    async with connect() as worker:
+        assert torch.equal(await worker.send(tensor).get(), tensor)
+
+
+async def _what_is_sent_is_the_value_of_that_moment(connect: Connect) -> None:
+    tensor = torch.zeros(3)
+    async with connect() as worker:
+        pointer = worker.send(tensor)
+        tensor.add_(1)
+        assert torch.equal(await pointer.get(), torch.zeros(3))
+
+
+async def _operations_run_in_order_and_equal_torch(connect: Connect) -> None:
+    x, y = torch.randn(4, 5), torch.randn(5, 3)
+    async with connect() as worker:
+        a, b = worker.send(x), worker.send(y)
+        a.mul_(2)
+        values, places = (a @ b).max(1)
+        expected = (x * 2 @ y).max(1)
+        assert torch.equal(await values.get(), expected.values)
+        assert torch.equal(await places.get(), expected.indices)
+        assert torch.equal(await a.get(), x * 2)
+
+
+async def _training_equals_torch_bit_for_bit(connect: Connect) -> None:
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    torch.manual_seed(0)
+    here = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    async with connect() as worker:
+        there = modules.copy(here)
+        losses = await _train(worker.send(there), worker.send(x), worker.send(y))
+        assert losses == await _train(here, x, y)
+        await modules.get(there)
+    for (name, a), b in zip(here.state_dict().items(), there.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+async def _train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        value = loss.detach()
+        losses.append(float(await value if isinstance(value, Pointer) else value))
+    return losses
+
+
+async def _random_numbers_follow_the_seed_of_the_session(connect: Connect) -> None:
+    torch.manual_seed(7)
+    expected = [F.dropout(torch.ones(50)) for _ in range(2)]
+    async with connect() as one, connect() as other:
+        for worker in (one, other):
+            worker.manual_seed(7)
+        for value in expected:
+            for worker in (one, other):
+                assert torch.equal(await F.dropout(worker.send(torch.ones(50))).get(), value)
+
+
+async def _a_failure_poisons_what_depends_on_it_and_nothing_else(connect: Connect) -> None:
+    async with connect() as worker:
+        good = worker.send(torch.ones(3))
+        bad = worker.send(torch.arange(3.0)).gather(0, worker.send(torch.tensor([7])))
+        for pointer in (bad + 1, bad):
+            error = await _raised(pointer.get(), RemoteError)
+            assert error.op == "torch.Tensor.gather"
+            assert error.type == "RuntimeError"
+            assert "out of bounds" in error.message
+            assert error.site
+        assert torch.equal(await (good + 1).get(), torch.full((3,), 2.0))
+        await worker.flush()  # it was told, and is not told again
+
+
+async def _unknown_objects_are_not_found(connect: Connect) -> None:
+    async with connect() as worker, connect() as other:
+        mine = other.send(torch.ones(2))
+        await other.flush()
+        for id in (mine.id_at_location, 10_000):
+            stray = make_pointer(worker.link, id + 5000, (2,), torch.float32)
+            await _raised(stray.get(), NotFound)
+
+
+async def _only_the_table_is_run(connect: Connect) -> None:
+    names = ("torch.os.system", "torch.load", "__class__", "torch.Tensor.__class__", "os.system")
+    async with connect() as worker:
+        for name in names:
+            id = worker.link.new_id()
+            worker.link.issue(m.Execute(name, [id], [], {}, 0).wire())
+            stray = make_pointer(worker.link, id, (), torch.float32)
+            error = await _raised(stray.get(), OpNotAllowed)
+            assert error.op == name
+
+
+async def _two_sessions_share_nothing(connect: Connect) -> None:
+    async with connect() as one, connect() as other:
+        a, b = one.send(torch.ones(2)), other.send(torch.zeros(2))
+        a.tag("#mine")
+        assert len(await one.search("#mine")) == 1
+        assert await other.search("#mine") == []
+        try:
+            a + b
+        except NotCollocated:
+            pass
+        else:
+            raise AssertionError("one operation ran on two sessions")
+        assert torch.equal(await b.get(), torch.zeros(2))
+
+
+async def _many_requests_are_answered_in_order(connect: Connect) -> None:
+    async with connect() as worker:
+        total = worker.send(torch.zeros(()))
+        asked = []
+        for _ in range(200):
+            total = total + 1
+            asked.append(total.get())
+        assert [int(await each) for each in asked] == list(range(1, 201))
+
+
+async def _a_closed_session_answers_nothing(connect: Connect) -> None:
+    async with connect() as worker:
+        pointer = worker.send(torch.ones(1))
+        await worker.flush()
+    try:
+        pointer.get()
+    except ConnectionLost:
+        return
+    raise AssertionError("a pointer outlived its session")
+
+
+async def _raised(work: Awaitable[object], kind: type[RemoteError]) -> RemoteError:
+    """The error that an awaitable raises, which has to be of this kind."""
+    try:
+        await work
+    except RemoteError as raised:
+        error = raised
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")
+    assert type(error) is kind, f"{type(error).__name__} instead of {kind.__name__}: {error}"
+    return error
+
+
+#: What is checked, in this order.
+CHECKS: Final[tuple[Callable[[Connect], Awaitable[None]], ...]] = (
+    _a_tensor_comes_back_as_it_was,
+    _a_large_tensor_travels_in_chunks_both_ways,
+    _what_is_sent_is_the_value_of_that_moment,
+    _operations_run_in_order_and_equal_torch,
+    _training_equals_torch_bit_for_bit,
+    _random_numbers_follow_the_seed_of_the_session,
+    _a_failure_poisons_what_depends_on_it_and_nothing_else,
+    _unknown_objects_are_not_found,
+    _only_the_table_is_run,
+    _two_sessions_share_nothing,
+    _many_requests_are_answered_in_order,
+    _a_closed_session_answers_nothing,
+)

@@ -267,7 +267,8 @@ async def _random_numbers_follow_the_seed_of_the_session(connect: Connect) -> No
             worker.manual_seed(7)
         for value in expected:
             for worker in (one, other):
-                assert torch.equal(await F.dropout(worker.send(torch.ones(50))).get(), value)
+                drawn = F.dropout(worker.send(torch.ones(50)))
+                assert torch.equal(await modules.get(drawn), value)
 
 
 async def _a_failure_poisons_what_depends_on_it_and_nothing_else(connect: Connect) -> None:

@@ -184,6 +184,12 @@ def test_weight_norm_passes(dim: int) -> None:
     assert torch.equal(lookup("torch._weight_norm").call(v, g, dim), torch._weight_norm(v, g, dim))
 
 
+def test_a_matrix_is_raised_by_place_and_by_keyword() -> None:
+    call, matrix = lookup("torch.linalg.matrix_power").call, torch.eye(2) * 2
+    assert torch.equal(call(matrix, 3), torch.eye(2) * 8)
+    assert torch.equal(call(input=matrix, n=-1), torch.eye(2) / 2)
+
+
 def test_other_honest_calls_pass() -> None:
     q, k, v = torch.rand(2, 3, 4), torch.rand(2, 5, 4), torch.rand(2, 5, 6)
     name = "torch.nn.functional.scaled_dot_product_attention"

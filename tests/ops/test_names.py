@@ -19,8 +19,6 @@ from torch.utils import _pytree as pytree
 
 from wsfed.ops.table import OPS, Op, wire_name
 
-pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
-
 ROOT = Path(__file__).resolve().parents[2]
 #: Its first sample is an error by intention.
 NOT_RUN = {"torch.Tensor.float_power_": "its sample has the wrong dtype for writing in place"}
@@ -29,6 +27,7 @@ NOT_RUN = {"torch.Tensor.float_power_": "its sample has the wrong dtype for writ
 @pytest.fixture(scope="module")
 def calls() -> list[tuple[Op, Any, Any]]:
     """Operation, its entry, and its arguments."""
+    pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return list(_calls())

@@ -91,8 +91,10 @@ def _int(value: int, ref: Ref, depth: int) -> Wire:
 
 
 def _str(value: str, ref: Ref, depth: int) -> Wire:
-    if len(value) > limits.MAX_TEXT or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise TypeError(f"a text of {len(value)} characters is too long, or is no Unicode")
+    if len(value) > limits.MAX_TEXT:
+        raise TypeError(f"a text of {len(value):,} characters is too long")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise TypeError("a text with half a surrogate pair is no Unicode")
     return value
 
 

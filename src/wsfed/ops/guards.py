@@ -142,9 +142,11 @@ def _grid_sampler(
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def _matrix_power(input: Tensor, n: int) -> str | None:
-    # It turns n < 0 into -n and calls itself; the smallest integer has no opposite.
-    return None if type(n) is int and abs(n) < 2**63 else "the power has to fit into 63 bits"
+def _matrix_power(*args: Any, n: Any = None, **kwargs: Any) -> str | None:
+    # Of n < 0 it makes -n and calls itself; the smallest integer has no opposite: it never ends.
+    power = args[1] if len(args) > 1 else n
+    fits = type(power) is int and abs(power) < 2**63
+    return None if fits else "the power has to be an integer that has an opposite"
 
 
 # --- indices --------------------------------------------------------------------------------------

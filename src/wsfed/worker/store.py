@@ -206,7 +206,7 @@ def poison_of(error: Exception, op: str, shapes: Sequence[str], at: tuple[int, i
     message = error.message if isinstance(error, RemoteError) else str(error)
     return Failure(
         error=type(error).__name__ if known else "RemoteError",
-        type=type(error).__name__,
+        type=error.type if isinstance(error, RemoteError) else type(error).__name__,
         message=message[:2000],
         op=op[:256],
         shapes=tuple(shapes)[:64],

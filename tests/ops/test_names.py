@@ -27,7 +27,6 @@ NOT_RUN = {"torch.Tensor.float_power_": "its sample has the wrong dtype for writ
 @pytest.fixture(scope="module")
 def calls() -> list[tuple[Op, Any, Any]]:
     """Operation, its entry, and its arguments."""
-    pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return list(_calls())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import re
@@ -65,7 +66,7 @@ def worker(
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     insecure: Annotated[
-        bool, typer.Option(help="Listen beyond this machine without TLS and token.")
+        bool, typer.Option("--insecure", help="Listen beyond this machine without TLS and token.")
     ] = False,
     direct: Annotated[
         bool, typer.Option(help="Take tensors to other workers when a client asks for it.")
@@ -97,7 +98,7 @@ def worker(
         _fail(f"cannot listen on {host}:{port}: {error.strerror or error}; try --port 0")
 
 
-worker.__doc__ = (worker.__doc__ or "") + EXAMPLES
+worker.__doc__ = inspect.cleandoc(worker.__doc__ or "") + "\n" + EXAMPLES
 
 
 def _node(

@@ -26,7 +26,7 @@ install() {
     if command -v uv >/dev/null 2>&1; then
         uv pip install --quiet --python "$root/.venv/bin/python" --constraint "$root/constraints.txt" "$@"
     else
-        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
             --constraint "$root/constraints.txt" "$@"
     fi
 }
@@ -43,14 +43,14 @@ urllib.request.urlopen(sys.argv[1], timeout=4).read(1)
 PYTHON
     then
         say "  torch $version from PyTorch's CPU index"
-        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
             --extra-index-url "$cpu_index" "torch==$version+cpu" 2>/dev/null ||
-            "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
                 --extra-index-url "$cpu_index" "torch==$version"
     else
         # With pip, not uv: only pip looks where this machine's configuration says wheels are.
         say "  torch $version from the configured index (PyTorch's CPU index does not answer)"
-        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$version"
+        "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check "torch==$version"
     fi
 }
 

@@ -163,7 +163,7 @@ class FaultyWire:
             raise WireLost("broken on purpose")
 
 
-# --- conformance -----------------------------------------------------------------------------------
+# --- conformance ---------------------------------------------------------------------------------
 
 
 async def check_worker(connect: Connect) -> list[str]:

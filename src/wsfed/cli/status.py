@@ -59,29 +59,26 @@ async def _ask(url: str, token: str | None, timeout: float) -> dict[str, Any]:
     except TimeoutError:
         return {"url": url, "error": f"nothing answered within {timeout:g} s"}
     except (WsfedError, ValueError) as error:
-        return {"url": url, "error": str(error)}
+        return {"url": url, "error": getattr(error, "reason", str(error))}
 
 
 def _show(answers: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("worker", "url", "answers in", "device", "torch", "sessions", "data sets")
+    table = Table("worker", "device", "torch", "answers", "data sets", box=None, pad_edge=False)
+    table.add_column("url", no_wrap=True)
     for answer in answers:
         if "error" in answer:
-            table.add_row("-", answer["url"], f"[red]{answer['error']}[/]")
+            table.add_row("-", "", "", "[red]no[/]", f"[red]{answer['error']}[/]", answer["url"])
             continue
         datasets = ", ".join(
             f"{name} ({each['rows']} rows{', open' if each['open'] else ''})"
             for name, each in answer["datasets"].items()
         )
+        took = f"{answer['milliseconds']:.0f} ms"
+        version = answer["torch"].split("+")[0]
         table.add_row(
-            answer["id"],
-            answer["url"],
-            f"{answer['milliseconds']} ms",
-            answer["device"],
-            answer["torch"],
-            str(answer["sessions"]),
-            datasets or "none",
+            answer["id"], answer["device"], version, took, datasets or "none", answer["url"]
         )
     Console().print(table)

@@ -130,6 +130,8 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     name = wire_name(function)
     if name is None:
         _refuse(function)
+    if kwargs.get("out") is not None:
+        return _call_into(name, function, args, kwargs)
     mode = mode_now()
     key: list[Any] = [name, mode]
     tensors: list[Any] = []
@@ -145,14 +147,30 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     whole = tuple(key)
     inferred = _cache.get(whole)
     if inferred is None:
-        if kwargs.get("out") is not None:
-            raise OpNotAllowed("out= is refused: assign with copy_", op=name)
         metas = [_meta(tensor, name) for tensor in tensors]
         try:
             inferred = _cache.infer(whole, function, args, kwargs, metas)
         except UnknownShape as unknown:
             return _issue_unresolved(name, args, kwargs, mode, tensors, link, site, str(unknown))
     return _issue(name, args, kwargs, mode, inferred, tensors, link, site)
+
+
+def _call_into(
+    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``out=``, which torch's optimizers use: no worker takes it, so the result is copied there."""
+    out = kwargs["out"]
+    result = call(function, args, {word: arg for word, arg in kwargs.items() if word != "out"})
+    if type(out) is not _pointer_class or type(result) is not _pointer_class:
+        raise OpNotAllowed("out= takes one pointer; assign with copy_", op=name)
+    if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
+        raise RuntimeError(
+            f"{name}: functions with out=... arguments don't support automatic differentiation, "
+            "but one of the arguments requires grad."
+        )
+    if (out.shape, out.dtype) != (result.shape, result.dtype):
+        raise OpNotAllowed("out= has another shape or dtype; assign with copy_", op=name)
+    return out.copy_(result)
 
 
 def _refuse(function: Callable[..., Any]) -> NoReturn:

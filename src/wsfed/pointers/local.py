@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
-from torch.overrides import get_overridable_functions, resolve_name
 
 from wsfed.errors import PointerError, ValueNeeded
 from wsfed.ops import refused
@@ -101,19 +100,23 @@ def _kaiming_uniform(
     return tensor.uniform_(-bound, bound)
 
 
-def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
-    import warnings
+def _found(name: str) -> Callable[..., Any] | None:
+    """The function of a wire name, in the installed torch."""
+    found: Any = torch
+    for part in name.split(".")[1:]:
+        found = getattr(found, part, None)
+    return found if callable(found) else None
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        everything = [f for group in get_overridable_functions().values() for f in group]
+
+def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
-    for function in everything:
-        name = resolve_name(function) or ""
-        if name in refused.LOCAL:
+    for name in refused.LOCAL:
+        if (function := _found(name)) is not None:
             table[function] = _metadata(function)
-        elif name.rsplit(".", 1)[-1] in _VALUES:
-            table[function] = _value(function, name)
+    for space in ("torch", "torch.Tensor"):
+        for word in _VALUES:
+            if (function := _found(f"{space}.{word}")) is not None:
+                table[function] = _value(function, word)
     for kind in ("cpu", "cuda", "xpu", "mps", "meta", "mtia", "ipu", "maia", "vulkan", "xla"):
         attribute = getattr(_T, f"is_{kind}", None)
         if attribute is not None:

@@ -81,5 +81,5 @@ def _locally(parts: list[tuple[torch.Tensor, torch.Tensor]], rounds: int) -> lis
             loss = ((model(x) - y) ** 2).sum()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
     return losses

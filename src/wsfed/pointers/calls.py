@@ -11,7 +11,7 @@ from torch.overrides import resolve_name
 from wsfed.errors import ConstantTooLarge, NotCollocated, OpNotAllowed, PointerError, ValueNeeded
 from wsfed.ops import refused
 from wsfed.ops.arguments import encode
-from wsfed.ops.table import depends_on_floats, wire_name
+from wsfed.ops.table import depends_on_floats, lookup, wire_name
 from wsfed.pointers.autograd import Node
 from wsfed.pointers.link import Link
 from wsfed.pointers.shapes import Inferred, Meta, ShapeCache, UnknownShape, meta_of
@@ -211,6 +211,7 @@ def _issue(
     link: Link,
     site: Site | None,
 ) -> Any:
+    written = _written(name, mode, inferred, tensors)
     outs, results = [], []
     parents: tuple[Node, ...] | None = None
     for out, view in zip(inferred.outs, inferred.views, strict=True):
@@ -242,7 +243,8 @@ def _issue(
         link.release(id)
     for place, meta in inferred.changed:
         _change(tensors[place], meta, tensors)
-    _follow_writes(name, inferred, tensors)
+    if not mode:
+        _follow_writes(written, tensors)
     return inferred.build(results)
 
 
@@ -301,22 +303,31 @@ def _change(tensor: Any, meta: Meta, tensors: list[Any]) -> None:
     tensor._set_meta(meta)
 
 
-def _follow_writes(name: str, inferred: Inferred, tensors: list[Any]) -> None:
+def _written(name: str, mode: int, inferred: Inferred, tensors: list[Any]) -> tuple[int, ...]:
+    """The arguments that are written to; the writing happens on the worker."""
+    written = inferred.written
+    if mode & _INFERENCE and lookup(name).inplace:
+        written = (0,)
+    for place in written:
+        if type(tensors[place]) is not _pointer_class:
+            raise PointerError(
+                f"{name} would write into a local tensor what is on a worker: "
+                "send the local tensor first, or get the pointer's value"
+            )
+    return written
+
+
+def _follow_writes(written: tuple[int, ...], tensors: list[Any]) -> None:
     """After a write, a tensor and what it is a view of depend on more."""
-    if not tensors or type(tensors[0]) is not _pointer_class:
-        return
-    first = tensors[0]
-    written = (type(o) is int and o == 0 for o in inferred.outs)
-    if not (name.endswith("__setitem__") or any(written)):
-        return
-    meta = first._meta
-    if meta is None or not meta.requires_grad or meta.is_leaf:
-        return
-    node = first.__dict__["_node"] = Node(_parents(tensors))
-    base = first.__dict__.get("_view_of")
-    while base is not None:
-        base._depends_on(node)
-        base = base.__dict__.get("_view_of")
+    for place in written:
+        meta = tensors[place]._meta
+        if meta is None or not meta.requires_grad or meta.is_leaf:
+            continue
+        node = tensors[place].__dict__["_node"] = Node(_parents(tensors))
+        base = tensors[place].__dict__.get("_view_of")
+        while base is not None:
+            base._depends_on(node)
+            base = base.__dict__.get("_view_of")
 
 
 # --- shapes that depend on values ----------------------------------------------------------------

@@ -77,12 +77,14 @@ class Inferred:
         outs: for each tensor of the result: its metadata, or the place of the argument it is.
         views: for each of them: the place of the argument whose memory it shares, or -1.
         changed: arguments whose metadata is another afterwards, by place.
+        written: places of the arguments that are written to.
         spec: how the result is built of its tensors; ``None`` for a single one.
     """
 
     outs: tuple[Meta | int, ...]
     views: tuple[int, ...]
     changed: tuple[tuple[int, Meta], ...]
+    written: tuple[int, ...]
     spec: tuple[list[Any], pytree.TreeSpec] | None
 
     def build(self, tensors: Sequence[Any]) -> Any:
@@ -153,18 +155,30 @@ def _infer(
         else _replace(value, give)
         for name, value in kwargs.items()
     }
+    versions = [_version(shadow) for shadow in shadows]
     if function is torch.Tensor.to:
         shadow_args[1:] = [_on_meta(arg) for arg in shadow_args[1:]]
     try:
         with _OFF():
             result = function(*shadow_args, **shadow_kwargs)
-    except NotImplementedError as error:
-        raise UnknownShape(str(error)) from None
+    except RuntimeError as error:
+        # Some of torch's functions look at values without saying NotImplemented.
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+            raise UnknownShape(str(error)) from None
+        raise
     with _OFF():
-        return _read(result, shadows, metas)
+        written = (at for at, old in enumerate(versions) if _version(shadows[at]) != old)
+        return _read(result, shadows, metas, tuple(written))
 
 
-def _read(result: Any, shadows: list[torch.Tensor], metas: Sequence[Meta]) -> Inferred:
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _read(
+    result: Any, shadows: list[torch.Tensor], metas: Sequence[Meta], written: tuple[int, ...]
+) -> Inferred:
     leaves, spec = pytree.tree_flatten(result)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     places = {id(shadow): place for place, shadow in reversed(list(enumerate(shadows)))}
@@ -178,6 +192,7 @@ def _read(result: Any, shadows: list[torch.Tensor], metas: Sequence[Meta]) -> In
             for place, (shadow, before) in enumerate(zip(shadows, metas, strict=True))
             if (after := meta_of(shadow)) is not before and _differ(after, before)
         ),
+        written=written,
         spec=None
         if single
         else ([_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec),

@@ -34,6 +34,7 @@ from wsfed.tensors import DTYPE_NAMES, describe, incoming, outgoing
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving
 from wsfed.worker.randomness import SessionRandom
+from wsfed.worker.sizes import ResultSizes
 from wsfed.worker.store import Entry, Failure, Poisoned, Store, poison_of
 
 __all__ = ["Carry", "Interpreter", "Outcome", "Reply"]
@@ -100,6 +101,7 @@ class Interpreter:
         self.store = Store(max_bytes, max_objects)
         self._device, self._datasets = device, datasets
         self._random = SessionRandom(device)
+        self._sizes = ResultSizes()
         self._names: list[str] = []
         self._at = (0, 0)
 
@@ -245,6 +247,9 @@ class Interpreter:
             key: decode(value, resolve, self._device) for key, value in command.kwargs.items()
         }
         op.check(kwargs)
+        size = self._sizes.of(op, args, kwargs)
+        if size:
+            self.store.check_room(size)
         result = self._call(op, args, kwargs, command.mode)
         self._bind(command.outs, result, labels if op.carries_rows else NO_LABELS)
         if op.inplace and labels and args and isinstance(args[0], torch.Tensor):

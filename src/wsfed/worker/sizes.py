@@ -1,0 +1,98 @@
+"""How large a result will be, asked before it is made.
+
+Most operations make results about as large as their arguments; a few arguments of bytes can ask
+for any amount (``x.expand(n).clone()``, an outer product, a broadcast). Where the arguments leave
+room for much, torch's meta kernel tells the size, once for each distinct call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch.utils import _pytree as pytree
+
+from wsfed.ops.table import Op
+
+__all__ = ["ResultSizes"]
+
+#: Results that cannot be larger than this are not looked into.
+_SMALL: Final = 16 * 2**20
+_MOST: Final = 4096
+_WIDEST: Final = 16  # bytes of a complex128
+
+
+class ResultSizes:
+    """Sizes of results, remembered."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def of(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Bytes of the results that are new memory; 0 where they cannot be many or are not known.
+
+        Views count as if they were copies: what is done with one may make it real.
+        """
+        leaves = list(_leaves((*args, *kwargs.values())))
+        if _bound(leaves) <= _SMALL:
+            return 0
+        key = (op.name, *map(_key, leaves))
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            known = self._known[key] = _infer(op, args, kwargs)
+        return known
+
+
+def _leaves(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _bound(leaves: Sequence[Any]) -> int:
+    """No ordinary result has more bytes: all sizes, and each number in three dimensions."""
+    return _WIDEST * math.prod(map(_factor, leaves))
+
+
+def _factor(leaf: Any) -> int:
+    if isinstance(leaf, torch.Tensor):
+        return max(leaf.numel(), 1)
+    if type(leaf) is int:
+        return max(abs(leaf), 1) ** 3
+    if type(leaf) is float and math.isfinite(leaf):
+        return math.ceil(max(abs(leaf), 1.0)) ** 3
+    return 1
+
+
+def _key(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.dtype, leaf.stride() if leaf.layout is torch.strided else None
+    return type(leaf), str(leaf)[:200]
+
+
+def _infer(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    try:
+        with torch.no_grad():
+            shadows = pytree.tree_map_only(torch.Tensor, _shadow, (tuple(args), dict(kwargs)))
+            result = op.call(*shadows[0], **shadows[1])
+    except Exception:  # the operation itself will say what is wrong, or has no meta kernel
+        return 0
+    return sum(
+        leaf.nbytes
+        for leaf in pytree.tree_leaves(result)
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta and not _is_argument(leaf, shadows)
+    )
+
+
+def _shadow(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _is_argument(leaf: torch.Tensor, shadows: Any) -> bool:
+    return any(leaf is each for each in pytree.tree_leaves(shadows))

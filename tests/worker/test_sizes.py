@@ -1,0 +1,51 @@
+"""A result that would not fit is refused before it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import wsfed
+from wsfed.ops.table import OPS
+from wsfed.worker.sizes import ResultSizes
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs", "size"),
+    [
+        ("torch.Tensor.expand", (torch.ones(1), GIB), {}, 4 * GIB),
+        ("torch.Tensor.repeat", (torch.ones(1024), 1024, 1024), {}, 4 * GIB),
+        ("torch.outer", (torch.ones(2**15), torch.ones(2**15)), {}, 4 * GIB),
+        ("torch.Tensor.add", (torch.ones(2**15, 1), torch.ones(1, 2**15)), {}, 4 * GIB),
+        ("torch.nn.functional.interpolate", (torch.ones(1, 1, 64, 64),), {"size": 2**15}, 4 * GIB),
+        ("torch.nn.functional.pad", (torch.ones(1), [0, GIB - 1]), {}, 4 * GIB),
+        ("torch.matmul", (torch.ones(2**15, 1), torch.ones(1, 2**15)), {}, 4 * GIB),
+        ("torch.matmul", (torch.ones(64, 784), torch.ones(784, 256)), {}, 64 * 256 * 4),
+        ("torch.Tensor.add_", (torch.ones(2**12, 2**12), 1), {}, 0),
+        ("torch.Tensor.add", (torch.ones(10), 1), {}, 0),
+        ("torch.matmul", (torch.ones(2**12, 2**12), torch.ones(3)), {}, 0),
+    ],
+)
+def test_the_size_of_a_result_is_known_before(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> None:
+    sizes = ResultSizes()
+    for _ in range(2):
+        assert sizes.of(OPS[name], args, kwargs) == size
+
+
+async def test_a_few_bytes_cannot_ask_for_gigabytes() -> None:
+    async with wsfed.VirtualWorker("bob", max_memory=2**20) as bob:
+        one = bob.send(torch.ones(1, 1))
+        for large in (
+            one.expand(2**20, 2**20),
+            one.repeat(2**15, 2**15),
+            bob.send(torch.ones(2**14, 1)) + bob.send(torch.ones(1, 2**14)),
+        ):
+            with pytest.raises(wsfed.QuotaExceeded, match="of this session"):
+                await large.get()
+        assert (await (one + 1).get()).item() == 2

@@ -208,8 +208,10 @@ class PointerError(WsfedError, RuntimeError):
     """A pointer was used in a way that has no remote meaning."""
 
 
-class ValueNeeded(PointerError, TypeError):
+class ValueNeeded(PointerError):
     """Python needs the value of a pointer now, and it is on the worker.
+
+    It is no ``TypeError``: torch's operators would hide it behind "unsupported operand".
 
     Attributes:
         wanted: what was asked of the pointer, such as ``"bool()"``.

@@ -104,6 +104,7 @@ class Node:
         self._tickets: dict[bytes, asyncio.Future[tuple[_Hosted, Sequence[int]]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._closing = False
+        self._ending: list[Executor] = []
 
     async def __aenter__(self) -> Node:
         self._tasks = await asyncio.TaskGroup().__aenter__()
@@ -124,6 +125,12 @@ class Node:
         await asyncio.gather(*(each.left() for each in hosted))
         for each in hosted:
             self.forget(each)
+        await self.join()
+
+    async def join(self, seconds: float = 5.0) -> bool:
+        """Wait until no thread of an ended session is at work; whether that is so."""
+        ended = [asyncio.to_thread(each.join, seconds) for each in self._ending]
+        return all(await asyncio.gather(*ended))
 
     @property
     def info(self) -> dict[str, Any]:
@@ -265,7 +272,9 @@ class Node:
         """A session is over."""
         if self._sessions.pop(hosted.protocol.id, None) is not None:
             hosted.executor.submit(hosted.interpreter.store.clear)
-            hosted.executor.stop()
+            hosted.executor.end()
+            self._ending = [each for each in self._ending if not each.join(0)]
+            self._ending.append(hosted.executor)
 
 
 class _Hosted:
@@ -371,7 +380,7 @@ class _Hosted:
             run.tensors,
             run.start,
             run.budget,
-            lambda: run.seq <= self._cancelled,
+            lambda: run.seq <= self._cancelled or self.executor.ending,
         )
         self._report(outcome)
 

@@ -431,11 +431,9 @@ def test_what_does_not_fit_is_torchs_own_error(
         lambda x, y: x.view(7),
         lambda x, y: x.sum(dim=5),
         lambda x, y: x[5],
-        lambda x, y: F.linear(x, y.unbind()[0][:2]),
         lambda x, y: x.expand(5, 5),
-        lambda x, y: F.conv2d(x[None, None], y[None]),
     ],
-    ids=range(6),
+    ids=range(4),
 )
 def test_the_text_of_an_error_is_torchs(
     call: Callable[[Any, Any], Any], bob: sync.VirtualWorker

@@ -316,3 +316,23 @@ def test_a_note_is_kept_for_the_replies_that_come_with_its_acknowledgement() -> 
     put_flushes(pair.client, range(2, 3))
     pair.run()
     assert pair.client.sender.note(1, 0) is None
+
+
+def test_a_large_tensor_behind_a_mark_or_an_opened_gate_leaves_at_once() -> None:
+    pair = live_pair()
+    marks: list[int] = []
+    pair.client.sender.put_mark(lambda: marks.append(1))
+    put_tensor(pair.client, 1, bytes(LARGE))
+    assert pair.client.next_frame(0.0) is not None
+    assert marks == [1]
+    pair = live_pair()
+    gate = pair.client.sender.put_gate()
+    store = m.Store(1, 0, False)
+    gate.put_tensor(
+        lambda place: store.wire(tensor=place),
+        Outgoing("uint8", (LARGE,), memoryview(bytes(LARGE))),
+    )
+    assert pair.client.next_frame(0.0) is None
+    gate.is_open = True
+    pair.run()
+    assert pair.executed == [1]

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import logging
+import os
 import re
 import signal
 import ssl as ssl_module
@@ -93,9 +94,13 @@ def worker(
     node = _node(id, dataset or [], open or [], device, max_memory, threads, token_file, direct)
     ssl = _tls(tls_cert, tls_key)
     try:
-        asyncio.run(_serve(node, host, port, ssl, as_json))
+        idle = asyncio.run(_serve(node, host, port, ssl, as_json))
     except OSError as error:
         _fail(f"cannot listen on {host}:{port}: {error.strerror or error}; try --port 0")
+    if not idle:
+        # A kernel that has not come back by now would abort the interpreter's own shutdown.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 worker.__doc__ = inspect.cleandoc(worker.__doc__ or "") + "\n" + EXAMPLES
@@ -156,7 +161,7 @@ def _tls(cert: Path | None, key: Path | None) -> ssl_module.SSLContext | None:
 
 async def _serve(
     node: object, host: str, port: int, ssl: ssl_module.SSLContext | None, as_json: bool
-) -> None:
+) -> bool:
     from wsfed.node import Node
 
     assert isinstance(node, Node)
@@ -172,6 +177,7 @@ async def _serve(
             typer.echo(f"worker {node.id} on {url}" + (f" offers {rows}" if rows else ""))
         sys.stdout.flush()
         await stop.wait()
+    return await node.join(0)
 
 
 def _usage(text: str) -> NoReturn:

@@ -127,12 +127,13 @@ class Connection(Link):
             self.session.end("the client is done")
         self._die(ConnectionLost(self.url, "it was closed by this program"))
         self.wake.set()
-        for task in list(self._tasks):
+        others = self._tasks - {asyncio.current_task()}
+        for task in others:
             task.cancel()
         if self._main is not None:
             if not self._is_connected:
                 self._main.cancel()
-            await asyncio.gather(self._main, *self._tasks, return_exceptions=True)
+            await asyncio.gather(self._main, *others, return_exceptions=True)
 
     @property
     def closed(self) -> bool:
@@ -303,6 +304,8 @@ class Connection(Link):
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # an error in it refers to this frame, which would keep pointers alive
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Start ``work`` as a task that ends with the connection at the latest."""

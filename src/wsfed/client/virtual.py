@@ -80,6 +80,7 @@ class VirtualWorker(Worker):
     async def _end(self) -> None:
         await super()._end()
         await asyncio.gather(*self._serving, return_exceptions=True)
+        await self._node.join()
 
     def __enter__(self) -> VirtualWorker:
         return self

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from wsfed.errors import PointerError
+from wsfed.errors import NotCollocated, PointerError
 from wsfed.pointers import calls
 from wsfed.pointers.autograd import Node, mark
 from wsfed.pointers.handle import Handle
 from wsfed.pointers.link import Link, link_of
 from wsfed.pointers.local import LOCAL
 from wsfed.pointers.shapes import Meta, intern_meta
-from wsfed.pointers.site import capture_site
+from wsfed.pointers.site import capture_site, describe_site
 from wsfed.protocol import messages as m
 from wsfed.protocol.values import REF
 from wsfed.tensors import DTYPES
@@ -234,29 +234,7 @@ class Pointer(torch.Tensor):
         create_graph: bool = False,
         inputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
     ) -> None:
-        meta, link = self._known(), self._handle.link
-        if not meta.requires_grad:
-            raise RuntimeError(
-                "element 0 of tensors does not require grad and does not have a grad_fn"
-            )
-        if gradient is None and torch.Size(meta.shape).numel() != 1:
-            raise RuntimeError("grad can be implicitly created only for scalar outputs")
-        if isinstance(inputs, torch.Tensor):
-            inputs = [inputs]
-        only = None if inputs is None else [_pointer_of(each) for each in inputs]
-        if gradient is not None and not isinstance(gradient, Pointer):
-            gradient = make_sent(link, gradient)
-        command = m.Backward(
-            [self._handle.id],
-            None if gradient is None else [_pointer_of(gradient)._handle.id],
-            retain_graph,
-            create_graph,
-            None if only is None else [each._handle.id for each in only],
-            0,
-        )
-        link.issue(command.wire(), capture_site())
-        nodes = None if only is None else {each._graph_node() for each in only}
-        mark([self._graph_node()], only=nodes, create_graph=create_graph)
+        backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
     def _retain_grad(self) -> None:
         self._graph_node().retains = True
@@ -342,6 +320,68 @@ class Pointer(torch.Tensor):
 
     def _like(self, options: dict[str, Any]) -> dict[str, Any]:
         return {"dtype": self._known().dtype, **options, "device": "cpu"}
+
+
+def backward(
+    tensors: torch.Tensor | Sequence[torch.Tensor],
+    grad_tensors: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+) -> None:
+    """``torch.autograd.backward``, on the worker."""
+    roots = [_pointer_of(each) for each in _several(tensors)]
+    link = roots[0]._handle.link
+    gradients = _several(grad_tensors) or [None] * len(roots)
+    if len(gradients) != len(roots):
+        raise RuntimeError(f"got {len(roots)} tensors and {len(gradients)} gradients")
+    there = [
+        each if each is None or isinstance(each, Pointer) else make_sent(link, each)
+        for each in gradients
+    ]
+    only = None if inputs is None else [_pointer_of(each) for each in _several(inputs)]
+    for place, (root, gradient) in enumerate(zip(roots, there, strict=True)):
+        _check_root(place, root, gradient)
+    for each in (*roots, *there, *(only or ())):
+        if each is not None and each._handle.link is not link:
+            names = (link.worker.id, each._handle.link.worker.id)
+            raise NotCollocated("backward", names, describe_site(capture_site()))
+    command = m.Backward(
+        [each._handle.id for each in roots],
+        None
+        if grad_tensors is None
+        else [None if each is None else each._handle.id for each in there],
+        retain_graph,
+        create_graph,
+        None if only is None else [each._handle.id for each in only],
+        0,
+    )
+    link.issue(command.wire(), capture_site())
+    nodes = None if only is None else {each._graph_node() for each in only}
+    mark([each._graph_node() for each in roots], only=nodes, create_graph=create_graph)
+
+
+def _several(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def _check_root(place: int, root: Pointer, gradient: Pointer | None) -> None:
+    meta = root._known()
+    if not meta.requires_grad:
+        raise RuntimeError(
+            f"element {place} of tensors does not require grad and does not have a grad_fn"
+        )
+    if gradient is None and torch.Size(meta.shape).numel() != 1:
+        raise RuntimeError("grad can be implicitly created only for scalar outputs")
+    if gradient is not None and gradient._known().shape != meta.shape:
+        raise RuntimeError(
+            f"Mismatch in shape: grad_output[{place}] has a shape of "
+            f"{torch.Size(gradient._known().shape)} and output[{place}] has a shape of "
+            f"{torch.Size(meta.shape)}."
+        )
 
 
 def _pointer_of(tensor: torch.Tensor) -> Pointer:

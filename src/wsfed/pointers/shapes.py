@@ -218,11 +218,19 @@ def _shadow(meta: Meta) -> torch.Tensor:
     if not meta.requires_grad or meta.is_leaf:
         made = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
         return made.requires_grad_(meta.requires_grad)
-    extent = 1 + sum((size - 1) * step for size, step in zip(meta.shape, meta.stride, strict=True))
     with torch.inference_mode(False), torch.enable_grad():
         leaf = torch.zeros((), dtype=meta.dtype, device="meta", requires_grad=True)
-        memory = leaf.expand(max(extent, 1)) * 1
-        return memory.as_strided(meta.shape, meta.stride)
+        if any(step == 0 and size > 1 for size, step in zip(meta.shape, meta.stride, strict=True)):
+            return _expanded(leaf, meta)
+        made = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+        return made.copy_(leaf)
+
+
+def _expanded(leaf: torch.Tensor, meta: Meta) -> torch.Tensor:
+    """Elements that share memory cannot be written to, so it has to be a view."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(meta.shape, meta.stride, strict=True))
+    memory = leaf.expand(max(extent, 1)) * 1
+    return memory.as_strided(meta.shape, meta.stride)
 
 
 def _replace(value: Any, give: Iterator[torch.Tensor]) -> Any:

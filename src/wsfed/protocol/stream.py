@@ -196,7 +196,21 @@ class Sender:
             or len(self._unacknowledged) >= limits.WINDOW_FRAMES
         ):
             return None
+        self._pass_marks()
         return self._next_chunk(ack) or self._next_batch(ack)
+
+    def _pass_marks(self) -> None:
+        """Make the calls and go through the open gates at the head of the queue."""
+        while self._queue:
+            item = self._queue[0]
+            if item.mark is not None:
+                self._queue.popleft()
+                item.mark()
+            elif item.gate is not None and item.gate.is_open:
+                self._queue.popleft()
+                self._queue.extendleft(reversed(item.gate.items))
+            else:
+                return
 
     def _next_chunk(self, ack: Callable[[], int]) -> list[Buffer] | None:
         if self._upload is None:
@@ -234,19 +248,13 @@ class Sender:
         tensors: list[Outgoing] = []
         notes: list[Any] = []
         header = inline = 0
-        while self._queue:
-            item = self._queue[0]
+        while True:
+            # A mark behind the last message goes with it: the acknowledgement is in this frame.
+            self._pass_marks()
+            item = self._queue[0] if self._queue else None
+            if item is None or item.gate is not None:
+                break
             tensor = item.tensor
-            if item.mark is not None:
-                self._queue.popleft()
-                item.mark()
-                continue
-            if item.gate is not None:
-                if not item.gate.is_open:
-                    break
-                self._queue.popleft()
-                self._queue.extendleft(reversed(item.gate.items))
-                continue
             if tensor is None:
                 size, extra = len(item.packed), 0
             elif not _is_large(tensor):

@@ -144,7 +144,7 @@ class Interpreter:
         if isinstance(command, m.Execute):
             name = self._name(command.op)
         try:
-            if cancelled:
+            if cancelled and not isinstance(command, m.Delete):
                 raise Cancelled("it was cancelled before it ran", op=name)
             self._dispatch(command, name, seen, tensors, outcome)
         except Poisoned as poisoned:
@@ -154,7 +154,10 @@ class Interpreter:
             if private and not isinstance(error, RemoteError | RemoteProtocolError):
                 error = RemoteError(CANNED, type=type(error).__name__)
             shapes = [describe(e.value) for e in seen if isinstance(e.value, torch.Tensor)]
-            self._fail(command, poison_of(error, name, shapes, self._at), outcome, first=True)
+            failure = poison_of(error, name, shapes, self._at)
+            # Whoever cancels knows it; only what is awaited tells.
+            told = isinstance(error, Cancelled)
+            self._fail(command, failure, outcome, first=not told)
 
     def _fail(self, command: m.Message, failure: Failure, outcome: Outcome, *, first: bool) -> None:
         results = _results(command)

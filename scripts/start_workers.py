@@ -103,7 +103,12 @@ async def serve(options: argparse.Namespace) -> None:
             for process, id, file in zip(processes, options.ids, files, strict=True)
         ]
         tell(
-            {"workers": workers, "dataset": dataset_name(options.ids[0], files[0]), "test": test},
+            {
+                "workers": workers,
+                "dataset": dataset_name(options.ids[0], files[0]),
+                "split": options.split if test else None,
+                "test": test,
+            },
             options,
         )
         dead = [asyncio.ensure_future(process.wait()) for process in processes]

@@ -15,10 +15,11 @@ import argparse
 import asyncio
 import copy
 import csv
+import itertools
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -87,23 +88,30 @@ def optimizer_of(model: nn.Module, options: argparse.Namespace) -> torch.optim.O
 
 
 async def train_at(
-    site: Site, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int
-) -> tuple[float, float]:
-    """Send the model, train it there, bring it home. Gives the mean loss and the seconds."""
+    site: Site,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[torch.Tensor, ...]],
+) -> tuple[list[float], float]:
+    """Send the model, train it there, bring it home. Gives the losses and the seconds."""
     begun = time.perf_counter()
     site.worker.send(model)
     losses: list[Awaitable[torch.Tensor]] = []
-    for _ in range(epochs):
-        for images, labels in site.loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach().get())
-            await asyncio.sleep(0)  # let what is queued leave, and the other workers have a turn
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().get())
+        await asyncio.sleep(0)  # let what is queued leave, and the other workers have a turn
     await wsfed.get(model, grads=False)
-    values = [float(await loss) for loss in losses]
-    return sum(values) / len(values), time.perf_counter() - begun
+    return [float(await loss) for loss in losses], time.perf_counter() - begun
+
+
+def epochs(site: Site, options: argparse.Namespace) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batches of the local epochs of a round."""
+    for _ in range(options.epochs):
+        yield from site.loader
 
 
 async def sequential(
@@ -112,8 +120,18 @@ async def sequential(
     """Rounds in which the model travels from worker to worker."""
     optimizer = optimizer_of(model, options)
     for _ in range(options.rounds):
-        results = [await train_at(site, model, optimizer, options.epochs) for site in sites]
-        yield combine(results, sites)
+        losses, seconds = [list[float]() for _ in sites], [0.0 for _ in sites]
+        left = {number: epochs(site, options) for number, site in enumerate(sites)}
+        while left:
+            for number in tuple(left):
+                batches = list(itertools.islice(left[number], options.visit or None))
+                if batches:
+                    told, took = await train_at(sites[number], model, optimizer, batches)
+                    losses[number] += told
+                    seconds[number] += took
+                else:
+                    del left[number]
+        yield combine(list(zip(losses, seconds, strict=True)), sites)
 
 
 async def concurrent(
@@ -124,7 +142,9 @@ async def concurrent(
         copies = [copy.deepcopy(model) for _ in sites]
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(train_at(site, each, optimizer_of(each, options), options.epochs))
+                group.create_task(
+                    train_at(site, each, optimizer_of(each, options), epochs(site, options))
+                )
                 for site, each in zip(sites, copies, strict=True)
             ]
         rows = [len(site.dataset) for site in sites]
@@ -133,11 +153,12 @@ async def concurrent(
 
 
 def combine(
-    results: Sequence[tuple[float, float]], sites: Sequence[Site]
+    results: Sequence[tuple[list[float], float]], sites: Sequence[Site]
 ) -> tuple[float, tuple[float, ...]]:
     """Mean loss, weighted by rows, and the seconds of each worker."""
     rows = [len(site.dataset) for site in sites]
-    loss = sum(loss * n for (loss, _), n in zip(results, rows, strict=True)) / sum(rows)
+    means = [sum(losses) / len(losses) for losses, _ in results]
+    loss = sum(mean * n for mean, n in zip(means, rows, strict=True)) / sum(rows)
     return loss, tuple(seconds for _, seconds in results)
 
 
@@ -167,10 +188,11 @@ def accuracy_of(model: nn.Module, rows: digits.Rows) -> float:
 # --- the program ---------------------------------------------------------------------------------
 
 
-async def run(started: dict[str, Any], options: argparse.Namespace, console: Console) -> int:
-    """Train, show, and save."""
+async def run(
+    started: dict[str, Any], model: nn.Module, options: argparse.Namespace, console: Console
+) -> list[Round]:
+    """Connect to the workers and train over them."""
     _, test = digits.load()
-    model = build(options.model, options.seed)
     schedule = {"sequential": sequential, "concurrent": concurrent}[options.schedule]
     async with AsyncExitStack() as stack:
         sites = [
@@ -180,12 +202,7 @@ async def run(started: dict[str, Any], options: argparse.Namespace, console: Con
         shown = ", ".join(f"{site.worker.id} ({len(site.dataset)} rows)" for site in sites)
         console.print(f"{options.schedule} training of the {options.model} over {shown}")
         rounds = schedule(model, sites, options)
-        history = await follow(rounds, model, sites, test, options, console)
-    if not options.no_baseline:
-        baseline = accuracy_of(centralised(digits.load()[0], options), test)
-        report(history, baseline, options, console)
-    save(model, history, options, console)
-    return 0
+        return await follow(rounds, model, sites, test, options, console)
 
 
 async def open_site(
@@ -317,6 +334,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", choices=("cnn", "mlp"), default="cnn")
     add("--rounds", type=int, default=10)
     add("--epochs", type=int, default=1, help="local epochs a round")
+    add(
+        "--visit",
+        type=int,
+        metavar="BATCHES",
+        help="sequential: batches before the model travels on, 0 for all of the local epochs "
+        "(default 0; 1 where the digits are split by label, or it would forget the others)",
+    )
     add("--batch-size", type=int, default=32)
     add("--lr", type=float, default=0.05)
     add("--momentum", type=float, default=0.9)
@@ -335,17 +359,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, console = parse(argv), Console()
     try:
         started = json.loads(options.workers_json.read_text())
-        return asyncio.run(run(started, options, console))
+        if options.visit is None:
+            options.visit = 1 if started.get("split") == "label" else 0
+        model = build(options.model, options.seed)
+        history = asyncio.run(run(started, model, options, console))
     except (OSError, json.JSONDecodeError) as error:
         console.print(f"[red]{options.workers_json}: {error}[/] (start_workers.py writes it)")
+        return 1
     except wsfed.WsfedError as error:
         console.print(f"[red]{error}[/]")
+        return 1
     except BaseExceptionGroup as group:  # of the workers trained at once
         failed, other = group.split(wsfed.WsfedError)
         if failed is None or other is not None:
             raise
         console.print(f"[red]{failed.exceptions[0]}[/]")
-    return 1
+        return 1
+    finish(model, history, options, console)
+    return 0
+
+
+def finish(
+    model: nn.Module, history: Sequence[Round], options: argparse.Namespace, console: Console
+) -> None:
+    """Compare with centralised training, and save."""
+    train, test = digits.load()
+    if not options.no_baseline:
+        baseline = accuracy_of(centralised(train, options), test)
+        report(history, baseline, options, console)
+    save(model, history, options, console)
 
 
 if __name__ == "__main__":

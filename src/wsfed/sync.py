@@ -24,7 +24,7 @@ from wsfed.client.connection import Connection
 from wsfed.client.virtual import VirtualWorker as _VirtualWorker
 from wsfed.client.worker import Worker as _Worker
 from wsfed.pointers.modules import copy, get, move, send
-from wsfed.transport.websocket import dial
+from wsfed.transport.websocket import check_url, dial
 from wsfed.worker.datasets import Dataset
 
 __all__ = ["VirtualWorker", "Worker", "connect", "copy", "get", "move", "send"]
@@ -36,13 +36,14 @@ class Worker(_Worker):
     _counted = True
 
     def close(self) -> None:
-        """End the session; the worker forgets its objects."""
+        """End the session; the worker forgets its objects. May be called twice."""
+        if not self._counted:
+            return
+        self._counted = False
         try:
             super().close()
         finally:
-            if self._counted:
-                self._counted = False
-                background.release()
+            background.release()
 
     def __enter__(self) -> Worker:
         return self
@@ -64,6 +65,7 @@ def connect(
 
     Arguments and errors are those of :func:`wsfed.connect`.
     """
+    check_url(url)
     loop = background.acquire()
 
     async def open_worker() -> Worker:

@@ -51,13 +51,15 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
     """An independent, contiguous copy in the machine's memory, outside autograd.
 
     Raises:
-        LocalProtocolError: layout or dtype has no wire form (sparse, quantised, nested).
+        LocalProtocolError: layout or dtype has no wire form (sparse, quantised, nested, meta).
     """
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise LocalProtocolError(
             "unsendable", f"a {kind} tensor has no wire form; make it dense and strided first"
         )
+    if tensor.is_meta:
+        raise LocalProtocolError("unsendable", "a tensor on the meta device has no values to send")
     if tensor.dtype not in DTYPE_NAMES:
         raise LocalProtocolError("unsendable", f"{tensor.dtype} has no wire form")
     with torch.no_grad():

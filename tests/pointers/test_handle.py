@@ -107,6 +107,7 @@ def test_failures_are_freed(bob: sync.VirtualWorker) -> None:
     with pytest.raises(wsfed.RemoteError):
         lost.get()
     del lost
+    gc.collect()  # the error's traceback
     flush(bob)
     assert stored(bob) == 0
 

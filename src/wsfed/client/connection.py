@@ -141,7 +141,13 @@ class Connection(Link):
         return self._dead is not None
 
     async def _run(self) -> None:
-        self._is_connected = False
+        try:
+            await self._keep_connected()
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            _log.exception("the connection to %s ended unexpectedly", self.url)
+            self._die(ConnectionLost(self.url, f"{type(error).__name__}: {error}"))
+
+    async def _keep_connected(self) -> None:
         give_up: float | None = None
         for attempt in itertools.count():
             try:
@@ -304,8 +310,6 @@ class Connection(Link):
         except BaseException:
             future.cancel()
             raise
-        finally:
-            del future  # an error in it refers to this frame, which would keep pointers alive
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Start ``work`` as a task that ends with the connection at the latest."""

@@ -70,12 +70,16 @@ class VirtualWorker(Worker):
         return near
 
     def close(self) -> Any:
-        """End the session; the worker forgets its objects."""
-        result = super().close()
+        """End the session; the worker forgets its objects. May be called twice."""
+        if not self._connection.blocking:
+            return super().close()
         if self._background:
             self._background = False
-            background.release()
-        return result
+            try:
+                super().close()
+            finally:
+                background.release()
+        return None
 
     async def _end(self) -> None:
         await super()._end()

@@ -14,7 +14,7 @@ from wsfed.pointers import modules, optimizers
 from wsfed.pointers.pointer import Pointer, make_pointer
 from wsfed.protocol import messages as m
 from wsfed.tensors import DTYPES
-from wsfed.transport.websocket import dial
+from wsfed.transport.websocket import check_url, dial
 
 __all__ = ["Connecting", "Worker", "connect"]
 
@@ -225,6 +225,7 @@ def connect(
         AuthenticationFailed: the worker refuses the token.
         ValueError: not the URL of a worker.
     """
+    check_url(url)
     connection = Connection(
         url,
         lambda: dial(url, ssl=ssl, timeout=timeout),

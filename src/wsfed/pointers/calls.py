@@ -175,6 +175,8 @@ def _call_into(
 
 def _refuse(function: Callable[..., Any]) -> NoReturn:
     name = resolve_name(function) or getattr(function, "__name__", str(function))
+    if getattr(torch, name, None) is function:
+        name = f"torch.{name}"
     why = refused.reason(name) or "no worker knows this operation"
     raise OpNotAllowed(why, op=name, site=describe_site(capture_site()))
 

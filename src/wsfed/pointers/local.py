@@ -100,6 +100,13 @@ def _kaiming_uniform(
     return tensor.uniform_(-bound, bound)
 
 
+@torch.no_grad()
+def _eye(*size: Any, out: Any, **_: Any) -> Any:
+    """How torch.nn.init.eye_ writes."""
+    out.zero_().diagonal().fill_(1)
+    return out
+
+
 def _found(name: str) -> Callable[..., Any] | None:
     """The function of a wire name, in the installed torch."""
     found: Any = torch
@@ -136,6 +143,7 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[_T.cpu] = _cpu
     table[torch.autograd.backward] = _autograd_backward
     table[torch.autograd.grad] = _autograd_grad
+    table[torch.eye] = _eye
     table[nn.init.uniform_] = _uniform
     table[nn.init.normal_] = _normal
     table[nn.init.constant_] = _constant

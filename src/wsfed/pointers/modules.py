@@ -8,6 +8,7 @@ afterwards.
 from __future__ import annotations
 
 import copy as copy_module
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from wsfed.errors import PointerError
 from wsfed.pointers.link import Link, link_of
-from wsfed.pointers.pointer import Pointer, make_sent
+from wsfed.pointers.pointer import Pointer, make_sent, transfer
 
 __all__ = ["copy", "get", "move", "send"]
 
@@ -40,7 +41,10 @@ def send(value: Any, worker: Any) -> Any:
     link = link_of(worker)
     if isinstance(value, nn.Module):
         with _unlocked(value):
-            for tensor in _tensors(value):
+            tensors = _tensors(value)
+            _check_free(tensors)
+            _move_in_place(tensors, link)
+            for tensor in tensors:
                 _send_in_place(tensor, link)
         return value
     if isinstance(value, torch.optim.Optimizer):
@@ -151,10 +155,38 @@ def _unlocked(module: nn.Module) -> Iterator[None]:
             each._init_flat_weights()
 
 
+def _check_free(tensors: list[torch.Tensor]) -> None:
+    """Whether all of them can be exchanged, before the first one is.
+
+    A graph that has been gone through keeps one reference to a leaf, to add to its gradient; one
+    that was not keeps more, for the values it needs.
+    """
+    for tensor in tensors:
+        users: int = tensor._use_count()  # type: ignore[attr-defined]
+        if weakref.getweakrefs(tensor) or users > (2 if tensor.is_leaf else 1):
+            raise PointerError(_NOT_FREE)
+
+
+_NOT_FREE = (
+    "this module's parameters are part of a local graph (a loss or a hook that is still held) or "
+    "weakly referenced, so they cannot be exchanged; drop what holds them first"
+)
+
+
+def _move_in_place(tensors: list[torch.Tensor], link: Link) -> None:
+    """What is on other workers, with its gradients."""
+    away = [t for t in tensors if isinstance(t, Pointer) and t._handle.link is not link]
+    grads = [(each, grad) for each in away if (grad := each.grad) is not None]
+    moved = transfer([*away, *(_pointer(grad) for _, grad in grads)], link)
+    arrived = dict(zip(map(id, away), moved, strict=False))
+    for (each, _), grad in zip(grads, moved[len(away) :], strict=True):
+        arrived[id(each)].grad = grad
+    for each in away:
+        _swap(each, arrived[id(each)])
+
+
 def _send_in_place(tensor: torch.Tensor, link: Link) -> None:
     if isinstance(tensor, Pointer):
-        if tensor._handle.link is not link:
-            _swap(tensor, _with_grad(tensor._transfer(link), tensor.grad, link))
         return
     with torch.no_grad():
         pointer = make_sent(link, tensor)
@@ -180,10 +212,7 @@ def _swap(tensor: torch.Tensor, other: torch.Tensor) -> None:
     try:
         torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise PointerError(
-            "this module's parameters are part of a local graph (a loss or a hook that is still "
-            f"held) or weakly referenced, so they cannot be exchanged: {error}"
-        ) from None
+        raise PointerError(f"{_NOT_FREE}: {error}") from None
 
 
 #: What belongs to a pointer and not to the program.
@@ -224,7 +253,8 @@ def _finish(asked: list[Any], result: Callable[[], Any]) -> Any:
             (pointer, await value, None if grad is None else await grad)
             for pointer, value, grad in asked
         ]
-        with _unlocked(module) if isinstance(module, nn.Module) else _nothing():
+        with _unlocked(module):
+            _check_free([pointer for pointer, *_ in values])
             for pointer, value, grad in values:
                 requires_grad = pointer._known().requires_grad and pointer._known().is_leaf
                 home = value.detach().requires_grad_(requires_grad)
@@ -242,11 +272,6 @@ def _swap_home(pointer: Pointer, value: torch.Tensor) -> None:
     home = _parameter(value)
     home.grad = value.grad
     _swap(pointer, home)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _get_state(optimizer: torch.optim.Optimizer) -> Any:

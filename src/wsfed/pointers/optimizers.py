@@ -8,16 +8,20 @@ It is there while there is a worker; importing wsfed installs nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from wsfed.errors import PointerError
 from wsfed.pointers.link import Link
-from wsfed.pointers.pointer import Pointer, make_sent
+from wsfed.pointers.pointer import Pointer, make_sent, transfer
 
 __all__ = ["install", "uninstall"]
+
+
+#: A parameter's state, a name in it, and the pointer there.
+_Place: TypeAlias = tuple[dict[str, Any], str, Pointer]
 
 
 class _Hook:
@@ -47,28 +51,32 @@ def uninstall() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    away: dict[Link, list[_Place]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if state:
-                _follow(parameter, state)
+            link = parameter._handle.link if isinstance(parameter, Pointer) else None
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Pointer) and value._handle.link is not link:
+                    away.setdefault(_needed(link), []).append((state, name, value))
+                elif isinstance(value, torch.Tensor) and not isinstance(value, Pointer):
+                    state[name] = _sent(link, value)
+    for link, places in away.items():
+        moved = transfer([value for *_, value in places], link)
+        for (kept, name, _), pointer in zip(places, moved, strict=True):
+            kept[name] = pointer
 
 
-def _follow(parameter: torch.Tensor, state: dict[str, Any]) -> None:
-    link = parameter._handle.link if isinstance(parameter, Pointer) else None
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            state[name] = _at(link, value)
+def _needed(link: Link | None) -> Link:
+    if link is None:
+        raise PointerError(
+            "the parameters are here and the optimizer's state is on a worker: "
+            "bring it home, too, with `await wsfed.get(optimizer)`"
+        )
+    return link
 
 
-def _at(link: Link | None, value: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, Pointer):
-        if link is None:
-            raise PointerError(
-                "the parameters are here and the optimizer's state is on a worker: "
-                "bring it home, too, with `await wsfed.get(optimizer)`"
-            )
-        return value if value._handle.link is link else value._transfer(link)
+def _sent(link: Link | None, value: torch.Tensor) -> torch.Tensor:
     if link is None or value.ndim == 0:  # a counter of steps, which torch keeps on the host
         return value
     return make_sent(link, value)

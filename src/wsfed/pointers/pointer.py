@@ -23,7 +23,7 @@ from wsfed.protocol import messages as m
 from wsfed.protocol.values import REF
 from wsfed.tensors import DTYPES
 
-__all__ = ["Pointer", "make_pointer"]
+__all__ = ["Pointer", "make_pointer", "make_sent", "transfer"]
 
 _OFF = torch._C.DisableTorchFunctionSubclass
 _empty = torch.empty_strided
@@ -106,10 +106,7 @@ class Pointer(torch.Tensor):
         return self._transfer(link_of(worker))
 
     def _transfer(self, to: Link) -> Pointer:
-        meta = self._known()
-        id = to.new_id()
-        self._handle.link.transfer([self._handle.id], to, [id])
-        return make_pointer(to, id, meta.shape, meta.dtype, requires_grad=meta.requires_grad)
+        return transfer([self], to)[0]
 
     def _clone(self) -> Pointer:
         link, meta = self._handle.link, self._known()
@@ -302,24 +299,12 @@ class Pointer(torch.Tensor):
             made.__dict__["_is_param"] = True
         return made
 
-    def new_tensor(self, data: Any, **options: Any) -> torch.Tensor:  # type: ignore[override]
-        """A local tensor of this dtype; it travels along when it meets a pointer."""
-        return torch.tensor(data, **self._like(options))
-
-    def new_zeros(self, *size: Any, **options: Any) -> torch.Tensor:
-        """As :meth:`new_tensor`."""
-        return torch.zeros(*size, **self._like(options))
-
-    def new_ones(self, *size: Any, **options: Any) -> torch.Tensor:
-        """As :meth:`new_tensor`."""
-        return torch.ones(*size, **self._like(options))
-
-    def new_full(self, size: Any, fill_value: Any, **options: Any) -> torch.Tensor:
-        """As :meth:`new_tensor`."""
-        return torch.full(size, fill_value, **self._like(options))
-
-    def _like(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"dtype": self._known().dtype, **options, "device": "cpu"}
+    def new_tensor(  # type: ignore[override]
+        self, data: Any, *, dtype: torch.dtype | None = None, requires_grad: bool = False, **_: Any
+    ) -> Pointer:
+        """A tensor of this dtype beside this one, of data that is here."""
+        made = torch.tensor(data, dtype=dtype or self._known().dtype, requires_grad=requires_grad)
+        return make_sent(self._handle.link, made)
 
 
 def backward(
@@ -429,6 +414,22 @@ def make_pointer(
     """A pointer to a contiguous leaf that the worker has, or will have, under ``id``."""
     meta = intern_meta(tuple(shape), _contiguous(shape), dtype, requires_grad, True)
     return _make(link, id, meta)
+
+
+def transfer(pointers: Sequence[Pointer], to: Link) -> list[Pointer]:
+    """Copies on another worker, leaves of their own; what is on one worker travels together."""
+    made: list[Pointer] = []
+    bundles: dict[Link, tuple[list[int], list[int]]] = {}
+    for pointer in pointers:
+        meta, handle = pointer._known(), pointer._handle
+        id = to.new_id()
+        ids, names = bundles.setdefault(handle.link, ([], []))
+        ids.append(handle.id)
+        names.append(id)
+        made.append(make_pointer(to, id, meta.shape, meta.dtype, requires_grad=meta.requires_grad))
+    for link, (ids, names) in bundles.items():
+        link.transfer(ids, to, names)
+    return made
 
 
 def make_sent(link: Link, tensor: torch.Tensor) -> Pointer:

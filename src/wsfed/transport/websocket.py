@@ -21,7 +21,7 @@ from wsfed.protocol import limits
 from wsfed.protocol.codec import Buffer
 from wsfed.transport.wire import SUBPROTOCOL, WireLost
 
-__all__ = ["WebSocketWire", "dial", "is_loopback", "listen"]
+__all__ = ["WebSocketWire", "check_url", "dial", "is_loopback", "listen"]
 
 #: Both ends. Compression is off: the noise in floats does not compress, and deflate triples the
 #: memory of a connection. The library's pings are off: the protocol has signs of life of its own,
@@ -76,6 +76,18 @@ def _reason(error: ConnectionClosed) -> str:
     return f"the connection was closed ({frame.reason or frame.code})"
 
 
+def check_url(url: str) -> str:
+    """The host of a worker's URL.
+
+    Raises:
+        ValueError: the URL is not one of a WebSocket.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise ValueError(f"{url!r} is not the URL of a worker; write ws://host:port")
+    return parts.hostname
+
+
 async def dial(
     url: str, *, ssl: ssl_module.SSLContext | None = None, timeout: float = 10
 ) -> WebSocketWire:
@@ -90,11 +102,9 @@ async def dial(
         WireLost: there is no worker, or it does not speak the protocol.
         ValueError: the URL is not one of a WebSocket.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise ValueError(f"{url!r} is not the URL of a worker; write ws://host:port")
+    host = check_url(url)
     options: dict[str, Any] = {"ssl": ssl} if ssl is not None else {}
-    proxy: Literal[True] | None = None if is_loopback(parts.hostname) else True
+    proxy: Literal[True] | None = None if is_loopback(host) else True
     try:
         socket = await open_websocket(
             url,

@@ -422,7 +422,7 @@ def test_what_does_not_fit_is_torchs_own_error(
     with pytest.raises(local.type) as remote:
         call(bob.send(a), bob.send(b))
     assert remote.type is local.type
-    assert re.findall(r"\d", str(remote.value))[:1]
+    assert re.search(r"\d", str(remote.value)), "it tells sizes or places"
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,9 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     away.setdefault(_needed(link), []).append((state, name, value))
                 elif isinstance(value, torch.Tensor) and not isinstance(value, Pointer):
                     state[name] = _sent(link, value)
-    for link, places in away.items():
-        moved = transfer([value for *_, value in places], link)
-        for (kept, name, _), pointer in zip(places, moved, strict=True):
-            kept[name] = pointer
+    for to, places in away.items():
+        for place, moved in zip(places, transfer([each[2] for each in places], to), strict=True):
+            place[0][place[1]] = moved
 
 
 def _needed(link: Link | None) -> Link:

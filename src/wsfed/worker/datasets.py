@@ -1,14 +1,17 @@
 """The owner's data: named files, loaded by the worker's owner and by nobody else.
 
-===============  ==================================================================================
-``.npz``         an array a field (no pickled objects)
+================  =================================================================================
+``.npz``          an array a field (no pickled objects)
 ``.safetensors``  a tensor a field
-``.csv``         numbers; a header names the columns. A column called ``label``, ``target`` or ``y``
-                 becomes the field ``labels`` (int64 where all are whole), the others ``features``
-``.pt``          a tensor, or a dictionary of tensors (``weights_only``)
-===============  ==================================================================================
+``.csv``          numbers, separated by commas; a header names the columns. The column called
+                  ``label``, else ``target``, else ``y`` becomes the field ``labels`` (int64 where
+                  all are whole numbers, else float32), the others ``features`` (float32)
+``.pt``           a dictionary of tensors, a list of them (fields ``"0"``, ``"1"``, …), or one
+                  tensor (field ``"data"``); loaded with ``weights_only``
+================  =================================================================================
 
-All fields have the same number of rows.
+All fields have the same number of rows. What is loaded is the worker's own copy: changing the file
+afterwards changes nothing, and neither does what a client writes into a batch.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -33,10 +37,14 @@ from wsfed.tensors import DTYPE_NAMES
 __all__ = ["Dataset", "load", "parse_option"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_LABELS: Final = frozenset({"label", "labels", "target", "targets", "y"})
+_Fields: TypeAlias = dict[str, torch.Tensor]
+#: Names of the column with the labels, the most telling first: in x, y, label it is the last.
+_LABELS: Final = ("label", "labels", "target", "targets", "y")
+#: Orders of rows that are kept: about as many as there are sessions in the middle of an epoch.
+_ORDERS: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
     """Rows that stay on the worker.
 
@@ -49,8 +57,8 @@ class Dataset:
     name: str
     fields: Mapping[str, torch.Tensor]
     open: bool = False
-    #: The last order of rows that was asked for; batches of an epoch come one after the other.
-    _order: list[tuple[int, torch.Tensor]] = field(default_factory=list, repr=False, compare=False)
+    #: The last orders of rows that were asked for; batches of an epoch come one after the other.
+    _orders: list[tuple[int, torch.Tensor]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -60,11 +68,12 @@ class Dataset:
         if not self.fields:
             raise DatasetError(self.name, "there is no field in it")
         for name, tensor in self.fields.items():
-            if tensor.ndim == 0 or tensor.dtype not in DTYPE_NAMES:
+            if tensor.ndim == 0:
+                raise DatasetError(self.name, f"field {name!r} is one number; a field has rows")
+            if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
+                kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
                 raise DatasetError(
-                    self.name,
-                    f"field {name!r} is {tensor.dtype} of {tensor.ndim} dimensions; "
-                    "a field has rows of numbers",
+                    self.name, f"field {name!r} ({kind}) cannot be sent; make it dense numbers"
                 )
         rows = {name: len(tensor) for name, tensor in self.fields.items()}
         if len(set(rows.values())) > 1:
@@ -79,12 +88,23 @@ class Dataset:
         """How many there are."""
         return len(next(iter(self.fields.values())))
 
+    @property
+    def row_bytes(self) -> int:
+        """What one row takes, over all fields."""
+        return sum(tensor[:1].nbytes for tensor in self.fields.values())
+
     def batch(self, seed: int | None, batch_size: int, index: int) -> tuple[torch.Tensor, ...]:
         """One batch: a tensor for each field, the last batch as long as rows are left.
 
+        The tensors are copies: what is written into them stays theirs. The same batch in plain
+        torch, of the same file::
+
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+            chosen = order[index * batch_size : (index + 1) * batch_size]
+            batch = tuple(tensor[chosen] for tensor in fields.values())
+
         Args:
-            seed: ``None`` for the rows' own order, else that of
-                ``torch.randperm(rows, generator=torch.Generator().manual_seed(seed))``.
+            seed: ``None`` for the rows' own order, else see above.
             batch_size: rows of a full batch.
             index: which batch, from 0.
 
@@ -96,20 +116,26 @@ class Dataset:
             raise IndexError(f"{self.rows} rows have no batch {index} of {batch_size}")
         stop = min(start + batch_size, self.rows)
         if seed is None:
-            return tuple(tensor[start:stop] for tensor in self.fields.values())
+            return tuple(_copy(tensor[start:stop]) for tensor in self.fields.values())
         chosen = self._order_of(seed)[start:stop]
         return tuple(
-            tensor.index_select(0, chosen.to(tensor.device)) for tensor in self.fields.values()
+            tensor.detach().index_select(0, chosen.to(tensor.device))
+            for tensor in self.fields.values()
         )
 
     def _order_of(self, seed: int) -> torch.Tensor:
         # Read once: another session's thread may put its order in at any time.
-        for known, order in tuple(self._order):
+        for known, order in tuple(self._orders):
             if known == seed:
                 return order
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
-        self._order[:] = [(seed, order), *self._order[:7]]
+        self._orders[:] = [(seed, order), *self._orders[: _ORDERS - 1]]
         return order
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, in memory of torch's own, outside autograd."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def parse_option(text: str) -> tuple[str, Path]:
@@ -121,7 +147,7 @@ def parse_option(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not separator or not path or not _NAME.fullmatch(name):
         raise ValueError(f"{text!r} is not NAME=PATH, such as digits=digits.npz")
-    return name, Path(path)
+    return name, Path(path).expanduser()
 
 
 def load(
@@ -139,135 +165,152 @@ def load(
         DatasetError: the file is missing, malformed, or unfit; the text says what to do.
     """
     path = Path(path)
-    loader = _LOADERS.get(path.suffix.lower())
-    if loader is None:
-        known = " ".join(sorted(_LOADERS))
-        raise DatasetError(str(path), f"its suffix {path.suffix!r} is not one of {known}")
     if path.is_dir():
         raise DatasetError(str(path), "this is a folder; give a file")
+    suffix = path.suffix.lower()
+    if suffix not in _LOADERS:
+        known = " ".join(sorted(_LOADERS))
+        raise DatasetError(str(path), f"its suffix {path.suffix!r} is not one of {known}")
     try:
-        fields = loader(path)
+        return Dataset(name, _place(_LOADERS[suffix](path), device), open)
     except FileNotFoundError:
         raise DatasetError(str(path), "there is no such file") from None
     except OSError as error:
         raise DatasetError(str(path), error.strerror or str(error)) from None
-    try:
-        return Dataset(name, {key: value.to(device) for key, value in fields.items()}, open)
+    except MemoryError:
+        raise DatasetError(str(path), "it does not fit into this machine's memory") from None
+    except _Unfit as error:
+        raise DatasetError(str(path), str(error)) from None
     except DatasetError as error:
         raise DatasetError(str(path), error.reason) from None
+    except Exception as error:  # what the formats' readers raise for damaged bytes has no end
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DatasetError(str(path), f"it is damaged, or no {suffix} file ({reason})") from None
+
+
+def _place(fields: Mapping[str, torch.Tensor], device: str | torch.device) -> _Fields:
+    """Copies of the worker's own: no field shares memory with another, or with the file."""
+    return {
+        name: (_copy(value) if value.layout is torch.strided else value).to(device)
+        for name, value in fields.items()
+    }
 
 
 # --- one function a format -----------------------------------------------------------------------
 
 
-def _load_npz(path: Path) -> dict[str, torch.Tensor]:
+class _Unfit(Exception):
+    """The file can be read, and is not what it has to be; the text says why."""
+
+
+def _load_npz(path: Path) -> _Fields:
+    with path.open("rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise _Unfit("it holds one array without a name; write it with numpy.savez")
+    if not zipfile.is_zipfile(path):
+        raise _Unfit("it is no .npz file; write it with numpy.savez")
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: _from_numpy(archive, name) for name in archive.files}
+
+
+def _from_numpy(archive: Any, name: str) -> torch.Tensor:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DatasetError(str(path), "it holds one unnamed array; write it with np.savez")
-            return {name: _from_numpy(path, name, archive[name]) for name in archive.files}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DatasetError(str(path), f"it is no .npz file: {error}") from None
+        values = archive[name]
     except ValueError as error:
-        if "allow_pickle" in str(error) or "pickle" in str(error):
-            raise DatasetError(
-                str(path), "it holds Python objects, which are never unpickled; save plain arrays"
-            ) from None
-        raise DatasetError(str(path), f"it is no .npz file: {error}") from None
-
-
-def _from_numpy(path: Path, name: str, array: Any) -> torch.Tensor:
-    try:
-        if not array.dtype.isnative:
-            array = array.astype(array.dtype.newbyteorder("="))
-        return torch.from_numpy(array.copy())
-    except TypeError:
-        raise DatasetError(
-            str(path), f"field {name!r} is {array.dtype}, which is no number of torch's"
+        if "allow_pickle" not in str(error):
+            raise
+        raise _Unfit(
+            f"field {name!r} holds Python objects, which are never unpickled; save plain arrays"
         ) from None
-
-
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    if not isinstance(values, np.ndarray):
+        raise _Unfit(f"{name!r} in it is no array; write it with numpy.savez")
     try:
-        from safetensors import SafetensorError
+        return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
+    except TypeError:
+        raise _Unfit(f"field {name!r} is {values.dtype}; encode it as numbers first") from None
+
+
+def _load_safetensors(path: Path) -> _Fields:
+    try:
         from safetensors.torch import load_file
     except ImportError:
-        raise DatasetError(
-            str(path), "safetensors is not installed: pip install 'wsfed[safetensors]'"
-        ) from None
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise DatasetError(str(path), f"it is no .safetensors file: {error}") from None
+        raise _Unfit("safetensors is not installed: pip install 'wsfed[safetensors]'") from None
+    return dict(load_file(path))
 
 
-def _load_pt(path: Path) -> dict[str, torch.Tensor]:
+def _load_pt(path: Path) -> _Fields:
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DatasetError(
-            str(path), f"it holds more than tensors, or is no .pt file ({reason})"
+    except pickle.UnpicklingError:  # its text advises to load the file without this protection
+        raise _Unfit(
+            "it holds more than tensors, or is no .pt file; torch.save a dictionary of tensors"
         ) from None
     if isinstance(value, torch.Tensor):
         return {"data": value}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
     if isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values()):
-        return {str(name): each.detach() for name, each in value.items()}
-    raise DatasetError(str(path), "it is no tensor and no dictionary of tensors")
+        return {str(name): each for name, each in value.items()}
+    raise _Unfit("it is no tensor, and no dictionary or list of nothing but tensors")
 
 
-def _load_csv(path: Path) -> dict[str, torch.Tensor]:
+def _load_csv(path: Path) -> _Fields:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        return _read_table((reader.line_num, row) for row in reader if row)
+
+
+def _read_table(lines: Iterator[tuple[int, list[str]]]) -> _Fields:
+    line, first = next(lines, (0, []))
+    if not first:
+        raise _Unfit("it is empty")
+    header = None if all(_number(cell) is not None for cell in first) else first
+    if header is None and all(math.isnan(float(cell)) for cell in first):
+        raise _Unfit(f"line {line} is nothing but nan: no names, and no numbers")
+    # Not lists of rows: those would take ten times the memory.
+    values = array("d", () if header else _numbers(line, first, len(first)))
+    for line, row in lines:
+        values.extend(_numbers(line, row, len(first)))
+    if not values:
+        raise _Unfit("it has a header and no rows")
+    table = torch.frombuffer(values, dtype=torch.float64).view(-1, len(first))
+    return _columns(table, [name.strip().lower() for name in header or ()])
+
+
+def _number(cell: str) -> float | None:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [
-                (reader.line_num, row) for reader in [csv.reader(file)] for row in reader if row
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(str(path), f"it is no .csv file of text: {error}") from None
-    if not rows:
-        raise DatasetError(str(path), "it is empty")
-    header = None if _is_numbers(rows[0][1]) else [cell.strip() for cell in rows[0][1]]
-    body = rows if header is None else rows[1:]
-    if not body:
-        raise DatasetError(str(path), "it has a header and no rows")
-    width = len(rows[0][1])
-    table = np.array([_numbers(path, line, row, width) for line, row in body])
-    return _columns(table, header)
-
-
-def _is_numbers(row: list[str]) -> bool:
-    try:
-        return all(math.isfinite(float(cell)) for cell in row)
+        return float(cell)
     except ValueError:
-        return False
+        return None
 
 
-def _numbers(path: Path, line: int, row: list[str], width: int) -> list[float]:
+def _numbers(line: int, row: Sequence[str], width: int) -> list[float]:
     if len(row) != width:
-        raise DatasetError(str(path), f"line {line} has {len(row)} columns where {width} are due")
-    try:
-        return [float(cell) for cell in row]
-    except ValueError:
-        odd = next(cell for cell in row if not _is_numbers([cell]))
-        raise DatasetError(
-            str(path), f"line {line}: {odd[:40]!r} is no number; encode text as numbers first"
-        ) from None
+        raise _Unfit(f"line {line} has {len(row)} columns where the first has {width}")
+    numbers = []
+    for cell in row:
+        number = _number(cell)
+        if number is None:
+            raise _Unfit(
+                f"line {line}: {cell[:40]!r} is no number; separate columns by commas, "
+                "write nan for what is missing, and encode text as numbers"
+            )
+        numbers.append(number)
+    return numbers
 
 
-def _columns(table: Any, header: list[str] | None) -> dict[str, torch.Tensor]:
-    names = [name.lower() for name in header or []]
-    place = next((place for place, name in enumerate(names) if name in _LABELS), None)
-    if place is None:
-        return {"features": torch.from_numpy(table).to(torch.float32)}
-    labels = torch.from_numpy(table[:, place].copy())
-    whole = bool((labels == labels.round()).all())
-    fields = {"labels": labels.to(torch.int64 if whole else torch.float32)}
-    if table.shape[1] > 1:
-        features = np.delete(table, place, axis=1)
-        fields = {"features": torch.from_numpy(features).to(torch.float32), **fields}
+def _columns(table: torch.Tensor, names: Sequence[str]) -> _Fields:
+    place = next((names.index(name) for name in _LABELS if name in names), None)
+    others = [column for column in range(table.shape[1]) if column != place]
+    fields = {"features": table[:, others].to(torch.float32)} if others else {}
+    if place is not None:
+        labels = table[:, place]
+        # Up to 2 ** 53 a float64 holds every whole number; this is false for nan and inf, too.
+        whole = bool(((labels == labels.round()) & (labels.abs() <= 2**53)).all())
+        fields["labels"] = labels.to(torch.int64 if whole else torch.float32)
     return fields
 
 
-_LOADERS: Final[Mapping[str, Callable[[Path], dict[str, torch.Tensor]]]] = MappingProxyType(
+_LOADERS: Final[Mapping[str, Callable[[Path], _Fields]]] = MappingProxyType(
     {".npz": _load_npz, ".safetensors": _load_safetensors, ".csv": _load_csv, ".pt": _load_pt}
 )

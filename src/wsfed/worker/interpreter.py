@@ -346,6 +346,7 @@ class Interpreter:
 
     def _batch(self, command: m.Batch) -> None:
         dataset = self._dataset(command.name)
+        self.store.check_room(min(command.batch_size, dataset.rows) * dataset.row_bytes)
         try:
             tensors = dataset.batch(command.seed, command.batch_size, command.index)
         except IndexError as error:

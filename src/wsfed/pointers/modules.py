@@ -7,6 +7,7 @@ afterwards.
 
 from __future__ import annotations
 
+import asyncio
 import copy as copy_module
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -64,10 +65,22 @@ def get(value: Any, *, grads: bool = True) -> Any:
         An awaitable of the result whose requests have left; in the blocking world the result.
     """
     if isinstance(value, nn.Module):
+        if not _tensors(value):
+            return _nothing_to_bring(value)
         return _finish(_ask_in_place(_tensors(value), grads), lambda: value)
     if isinstance(value, torch.optim.Optimizer):
         return _get_state(value)
     return _get_each(value)
+
+
+def _nothing_to_bring(module: nn.Module) -> Any:
+    """A module without tensors is at home everywhere."""
+    try:
+        done = asyncio.get_running_loop().create_future()
+    except RuntimeError:  # no event loop: the blocking world
+        return module
+    done.set_result(module)
+    return done
 
 
 def move(value: Any, worker: Any) -> Any:

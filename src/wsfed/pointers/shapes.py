@@ -147,28 +147,69 @@ def _infer(
     shadows: list[torch.Tensor],
     metas: Sequence[Meta],
 ) -> Inferred:
-    give = iter(shadows)
-    shadow_args = [_replace(arg, give) for arg in args]
-    shadow_kwargs = {
-        name: torch.device("meta")
-        if name == "device" and value is not None
-        else _replace(value, give)
-        for name, value in kwargs.items()
-    }
     versions = [_version(shadow) for shadow in shadows]
-    if function is torch.Tensor.to:
-        shadow_args[1:] = [_on_meta(arg) for arg in shadow_args[1:]]
     try:
-        with _OFF():
-            result = function(*shadow_args, **shadow_kwargs)
-    except RuntimeError as error:
+        result = _run(function, args, kwargs, shadows, torch.device("meta"))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         # Some of torch's functions look at values without saying NotImplemented.
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             raise UnknownShape(str(error)) from None
-        raise
+        raise (_usual_error(function, args, kwargs, metas) or error) from None
     with _OFF():
         written = (at for at, old in enumerate(versions) if _version(shadows[at]) != old)
         return _read(result, shadows, metas, tuple(written))
+
+
+def _run(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+) -> Any:
+    """Call the function with these tensors in the places of its own."""
+    give = iter(tensors)
+    own_args = [_replace(arg, give, device) for arg in args]
+    own_kwargs = {
+        name: device if name == "device" and value is not None else _replace(value, give, device)
+        for name, value in kwargs.items()
+    }
+    if function is torch.Tensor.to:
+        own_args[1:] = [device if isinstance(arg, str) else arg for arg in own_args[1:]]
+    with _OFF():
+        return function(*own_args, **own_kwargs)
+
+
+#: Elements of all arguments up to which a wrong call is made once more, for its usual error.
+_FEW: Final = 1_000_000
+
+
+def _usual_error(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    metas: Sequence[Meta],
+) -> Exception | None:
+    """What torch says of a wrong call on the CPU; meta kernels word some errors otherwise."""
+    extents = [_extent(meta) for meta in metas]
+    if sum(extents) > _FEW:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            zeros = [
+                torch.zeros(extent, dtype=meta.dtype).as_strided(meta.shape, meta.stride)
+                for meta, extent in zip(metas, extents, strict=True)
+            ]
+            _run(function, args, kwargs, zeros, torch.device("cpu"))
+    except (RuntimeError, ValueError, IndexError, TypeError) as usual:
+        return usual
+    return None
+
+
+def _extent(meta: Meta) -> int:
+    """Elements of the memory that a tensor spans, at least one."""
+    reach = sum((size - 1) * step for size, step in zip(meta.shape, meta.stride, strict=True))
+    return max(1 + reach, 1)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -228,32 +269,24 @@ def _shadow(meta: Meta) -> torch.Tensor:
 
 def _expanded(leaf: torch.Tensor, meta: Meta) -> torch.Tensor:
     """Elements that share memory cannot be written to, so it has to be a view."""
-    extent = 1 + sum((size - 1) * step for size, step in zip(meta.shape, meta.stride, strict=True))
-    memory = leaf.expand(max(extent, 1)) * 1
+    memory = leaf.expand(_extent(meta)) * 1
     return memory.as_strided(meta.shape, meta.stride)
 
 
-def _replace(value: Any, give: Iterator[torch.Tensor]) -> Any:
+def _replace(value: Any, give: Iterator[torch.Tensor], device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return next(give)
     if type(value) in (int, float, bool, str, type(None)):
         return value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replace(item, give) for item in value))
+        return type(value)(*(_replace(item, give, device) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(_replace(item, give) for item in value)
+        return type(value)(_replace(item, give, device) for item in value)
     if isinstance(value, dict):
-        return {key: _replace(item, give) for key, item in value.items()}
+        return {key: _replace(item, give, device) for key, item in value.items()}
     if isinstance(value, slice):
         parts = (value.start, value.stop, value.step)
-        return slice(*(_replace(part, give) for part in parts))
+        return slice(*(_replace(part, give, device) for part in parts))
     if isinstance(value, torch.device):
-        return torch.device("meta")
+        return device
     return value
-
-
-def _on_meta(value: Any) -> Any:
-    """Tensor.to takes a device as text in any place."""
-    if not isinstance(value, str):
-        return value
-    return torch.device("meta")

@@ -204,13 +204,14 @@ class _Unfit(Exception):
 
 
 def _load_npz(path: Path) -> _Fields:
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
         if file.read(6) == b"\x93NUMPY":
             raise _Unfit("it holds one array without a name; write it with numpy.savez")
-    if not zipfile.is_zipfile(path):
-        raise _Unfit("it is no .npz file; write it with numpy.savez")
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: _from_numpy(archive, name) for name in archive.files}
+        if not zipfile.is_zipfile(file):
+            raise _Unfit("it is no .npz file; write it with numpy.savez")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: _from_numpy(archive, name) for name in archive.files}
 
 
 def _from_numpy(archive: Any, name: str) -> torch.Tensor:

@@ -17,17 +17,48 @@ find_python() {
             return
         fi
     done
-    say "This needs Python 3.11 or newer with venv; install it, or say where it is: PYTHON=/path/to/python3.11 $0" >&2
+    say "This needs Python 3.11 to 3.14 with venv (on Debian and Ubuntu: apt install python3-venv);" \
+        "install it, or say where it is: PYTHON=/path/to/python3.11 $0" >&2
     return 1
 }
 
+pip_install() {
+    "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
+        --constraint "$root/constraints.txt" "$@"
+}
+
 install() {
-    # uv where it is there, pip otherwise; what was asked for is in the arguments.
-    if command -v uv >/dev/null 2>&1; then
-        uv pip install --quiet --python "$root/.venv/bin/python" --constraint "$root/constraints.txt" "$@"
-    else
-        "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
-            --constraint "$root/constraints.txt" "$@"
+    # uv where it is there and finds everything, pip otherwise (pip alone reads pip's configuration).
+    if command -v uv >/dev/null 2>&1 &&
+        uv pip install --quiet --python "$root/.venv/bin/python" --constraint "$root/constraints.txt" "$@"; then
+        return
+    fi
+    pip_install "$@"
+}
+
+answers() {
+    # A deadline for all of it: the time-out of urlopen does not hold for looking up the name.
+    "$root/.venv/bin/python" - "$1" <<'PYTHON' 2>/dev/null
+import os, sys, threading, urllib.request
+deadline = threading.Timer(5, os._exit, [1])
+deadline.daemon = True
+deadline.start()
+urllib.request.urlopen(sys.argv[1], timeout=5).read(1)
+PYTHON
+}
+
+refuse_cuda() {
+    # What would be installed, going by metadata alone: nothing large is downloaded for that.
+    report=$("$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
+        --dry-run --ignore-installed --report - "$@")
+    if printf '%s' "$report" | "$root/.venv/bin/python" -c '
+import json, sys
+names = [each["metadata"]["name"].lower() for each in json.load(sys.stdin)["install"]]
+sys.exit(not any(name.startswith(("nvidia-", "cuda-")) for name in names))'; then
+        say "The package index in use has only a CUDA build of torch, several gigabytes, and PyTorch's" \
+            "index of CPU builds ($cpu_index) does not serve this machine. Make it reachable, or ask" \
+            "for the CUDA build: WSFED_CUDA=1 $0" >&2
+        exit 1
     fi
 }
 
@@ -36,34 +67,40 @@ install_torch() {
     if "$root/.venv/bin/python" -c "import sys, importlib.metadata as m; sys.exit(m.version('torch').split('+')[0] != '$version')" 2>/dev/null; then
         return
     fi
-    # PyPI's wheels for Linux bring CUDA, several gigabytes; PyTorch's own index has CPU builds.
-    if "$root/.venv/bin/python" - "$cpu_index/torch/" <<'PYTHON' 2>/dev/null
-import sys, urllib.request
-urllib.request.urlopen(sys.argv[1], timeout=4).read(1)
-PYTHON
-    then
+    # With pip, not uv: only pip looks where this machine's configuration says wheels are.
+    set --
+    if [ -n "${WSFED_CUDA:-}" ]; then
+        say "  torch $version from the configured index"
+    elif answers "$cpu_index/torch/"; then
         say "  torch $version from PyTorch's CPU index"
-        "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
-            --extra-index-url "$cpu_index" "torch==$version+cpu" 2>/dev/null ||
-            "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
-                --extra-index-url "$cpu_index" "torch==$version"
+        # macOS builds are for the CPU anyway and have no +cpu in their version.
+        pip_install --extra-index-url "$cpu_index" "torch==$version+cpu" 2>/dev/null && return
+        set -- --extra-index-url "$cpu_index"
     else
-        # With pip, not uv: only pip looks where this machine's configuration says wheels are.
         say "  torch $version from the configured index (PyTorch's CPU index does not answer)"
-        "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check "torch==$version"
     fi
+    [ -n "${WSFED_CUDA:-}" ] || refuse_cuda "$@" "torch==$version"
+    pip_install "$@" "torch==$version"
+}
+
+environment_is_here() {
+    # A copy of a checkout brings an environment whose programs would run the original.
+    [ -x "$root/.venv/bin/python" ] && grep -qF "$root/.venv/bin/" "$root/.venv/bin/pip" 2>/dev/null &&
+        "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1
 }
 
 prepare_environment() {
     extra=$1
     stamp="$root/.venv/.ready-$extra"
     wanted=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
-    if [ -x "$root/.venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    rebuild=
+    environment_is_here || rebuild=yes
+    if [ -z "$rebuild" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
     begun=$(date +%s)
     say "Setting up .venv (the first time a minute or two, most of it torch)"
-    if ! [ -x "$root/.venv/bin/python" ] || ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "$rebuild" ]; then
         python=$(find_python) || exit 1
         "$python" -m venv --clear "$root/.venv"
     fi

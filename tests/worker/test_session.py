@@ -105,9 +105,12 @@ def test_a_frame_that_was_stopped_by_its_replies_goes_on_when_they_are_read() ->
     half = Outcome(1, [Reply(m.TensorReply(1, 0, False), large)])
     assert worker.handle(Done(half)) == [], "the client has a window of replies to read"
     sender = worker.session.protocol.sender
-    while worker.session.protocol.next_frame(0.0) is not None:
-        pass
-    (again,) = worker.handle(Arrived(b"".join(encode(0, sender.sent, [pack(m.Ack().wire())]))))
+    made: list[Instruction] = []
+    while not sender.idle and not made:
+        worker.replies()
+        read = b"".join(encode(0, sender.sent, [pack(m.Ack().wire())]))
+        made = worker.handle(Arrived(read))
+    (again,) = made
     assert isinstance(again, Run)
     assert (again.seq, again.start) == (1, 1)
 

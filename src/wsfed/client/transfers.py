@@ -7,25 +7,49 @@ worker's queue while it tries the direct way: should that fail, the values are f
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from wsfed.client.failures import Failures
 from wsfed.errors import RemoteError
+from wsfed.pointers.site import Site
 from wsfed.protocol import messages as m
+from wsfed.protocol.session import Session as ProtocolSession
 from wsfed.protocol.stream import Gate
 from wsfed.tensors import outgoing
-
-if TYPE_CHECKING:
-    from wsfed.client.connection import Connection
 
 __all__ = ["transfer"]
 
 
+class Session(Protocol):
+    """What a transfer needs of either side: the client's end of a session."""
+
+    url: str
+    info: dict[str, Any]
+    #: Which other workers this one is known to reach, by URL.
+    reachable: dict[str, bool]
+    session: ProtocolSession
+    failures: Failures
+    wake: asyncio.Event
+
+    def issue(self, command: list[Any], site: Site | None = None) -> None:
+        """Queue a command."""
+
+    def ask(self, make: Callable[[int], list[Any]]) -> Awaitable[Any]:
+        """Queue a request."""
+
+    def fetch(
+        self, id: int, site: Site | None = None, *, gate: Gate | None = None
+    ) -> Awaitable[torch.Tensor]:
+        """Ask for a value."""
+
+
 def transfer(
-    source: Connection, ids: Sequence[int], target: Connection, names: Sequence[int]
+    source: Session, ids: Sequence[int], target: Session, names: Sequence[int]
 ) -> Coroutine[Any, Any, None]:
     """Begin to copy objects; the coroutine, which has to run, ends when they are there.
 
@@ -51,7 +75,7 @@ def transfer(
     return _finish(target, names, gate, _directly(source, ids, target, moved, hold))
 
 
-def _may_reach(source: Connection, target: Connection) -> bool:
+def _may_reach(source: Session, target: Session) -> bool:
     return bool(
         source.info.get("direct", True)
         and source.url.startswith(("ws://", "wss://"))
@@ -60,7 +84,7 @@ def _may_reach(source: Connection, target: Connection) -> bool:
 
 
 async def _finish(
-    target: Connection,
+    target: Session,
     names: Sequence[int],
     gate: Gate,
     work: Awaitable[list[tuple[bool, torch.Tensor]] | None],
@@ -82,9 +106,9 @@ def _store(name: int, requires_grad: bool) -> Callable[[int], list[Any]]:
 
 
 async def _directly(
-    source: Connection,
+    source: Session,
     ids: Sequence[int],
-    target: Connection,
+    target: Session,
     moved: Awaitable[None],
     hold: Gate | None,
 ) -> list[tuple[bool, torch.Tensor]] | None:
@@ -105,7 +129,7 @@ async def _directly(
 
 
 def _values(
-    source: Connection, ids: Sequence[int], hold: Gate | None = None
+    source: Session, ids: Sequence[int], hold: Gate | None = None
 ) -> Awaitable[list[tuple[bool, torch.Tensor]]]:
     asked = [source.fetch(id, gate=hold) for id in ids]
     if hold is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch.overrides import resolve_name
@@ -19,10 +19,7 @@ from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.protocol import limits
 from wsfed.protocol.messages import Execute
 
-if TYPE_CHECKING:
-    from wsfed.pointers.pointer import Pointer
-
-__all__ = ["call", "mode_now", "register"]
+__all__ = ["call", "is_pointer", "mode_now", "register"]
 
 _EXECUTE: Final = Execute.code
 _NO_GRAD: Final = 1
@@ -30,14 +27,19 @@ _INFERENCE: Final = 2
 
 _cache: Final = ShapeCache()
 #: Set by the module of the class itself, which needs this one.
-_make: Callable[..., Pointer]
+_make: Callable[..., Any]
 _pointer_class: Any
 
 
-def register(pointer_class: type, make: Callable[..., Pointer]) -> None:
+def register(pointer_class: type, make: Callable[..., Any]) -> None:
     """Told once what a pointer is."""
     global _pointer_class, _make
     _pointer_class, _make = pointer_class, make
+
+
+def is_pointer(value: Any) -> bool:
+    """Whether a value is a pointer."""
+    return type(value) is _pointer_class
 
 
 def mode_now() -> int:

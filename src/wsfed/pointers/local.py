@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from wsfed.errors import PointerError, ValueNeeded
 from wsfed.ops import refused
-
-if TYPE_CHECKING:
-    from wsfed.pointers.pointer import Pointer
+from wsfed.pointers.calls import is_pointer
 
 __all__ = ["LOCAL"]
 
@@ -39,13 +37,11 @@ def _value(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     wanted = name.rsplit(".", 1)[-1].strip("_") + "()"
 
     def answer(*args: Any, **kwargs: Any) -> Any:
-        from wsfed.pointers.pointer import Pointer
-
-        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Pointer))
+        first = next(a for a in (*args, *kwargs.values()) if is_pointer(a))
         if not first._handle.link.blocking:
             raise ValueNeeded(wanted, repr(first))
-        here = [a.get().detach() if isinstance(a, Pointer) else a for a in args]
-        there = {k: a.get().detach() if isinstance(a, Pointer) else a for k, a in kwargs.items()}
+        here = [a.get().detach() if is_pointer(a) else a for a in args]
+        there = {k: a.get().detach() if is_pointer(a) else a for k, a in kwargs.items()}
         return function(*here, **there)
 
     return answer
@@ -59,7 +55,7 @@ def _no_pickle(*_: Any, **__: Any) -> Any:
     raise PointerError("a pointer cannot be pickled: it means something in this session only")
 
 
-def _cpu(pointer: Pointer, *_: Any, **__: Any) -> Pointer:
+def _cpu(pointer: Any, *_: Any, **__: Any) -> Any:
     if pointer._handle.link.device.type != "cpu":
         raise PointerError("a pointer stays on its worker's device; write `await pointer.get()`")
     return pointer

@@ -137,7 +137,6 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[_T.__reversed__] = lambda pointer: pointer.flip(0) if pointer.ndim else pointer
     table[_T.__reduce_ex__] = _no_pickle
     table[_T.cpu] = _cpu
-    table[torch.autograd.backward] = _autograd_backward
     table[torch.autograd.grad] = _autograd_grad
     table[torch.eye] = _eye
     table[nn.init.uniform_] = _uniform
@@ -145,12 +144,6 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[nn.init.constant_] = _constant
     table[nn.init.kaiming_uniform_] = _kaiming_uniform
     return table
-
-
-def _autograd_backward(*args: Any, **kwargs: Any) -> None:
-    from wsfed.pointers.pointer import backward
-
-    backward(*args, **kwargs)
 
 
 def _autograd_grad(*_: Any, **__: Any) -> Any:

@@ -7,7 +7,7 @@ on it becomes one command to its worker (:mod:`wsfed.pointers.calls`), and gives
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -47,7 +47,7 @@ class Pointer(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Every torch function that meets a pointer comes here."""
-        local = LOCAL.get(func)
+        local = _ANSWERED.get(func)
         if local is not None:
             return local(*args, **(kwargs or {}))
         return calls.call(func, args, kwargs or {})
@@ -440,3 +440,5 @@ def make_sent(link: Link, tensor: torch.Tensor) -> Pointer:
 
 
 calls.register(Pointer, _make)
+#: What needs no operation on the worker.
+_ANSWERED: Final = {**LOCAL, torch.autograd.backward: backward}

@@ -1,4 +1,4 @@
-"""What every test is held to: the event loop is never blocked, and no thread is left behind."""
+"""What every test is held to: the event loop is never blocked."""
 
 from __future__ import annotations
 

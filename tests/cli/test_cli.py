@@ -45,6 +45,7 @@ def test_a_command_that_does_not_exist_is_wrong_usage() -> None:
         (("--dataset", "digits"), 2, "is not NAME=PATH"),
         (("--dataset", "digits=/nowhere/digits.npz"), 1, "there is no such file"),
         (("--dataset", "digits=/nowhere/digits.xls"), 1, "is not one of .csv .npz .pt"),
+        (("--dataset", "a=x.csv", "--dataset", "a=y.csv"), 2, "a: that name is given twice"),
         (("--open", "digits"), 2, "there is no --dataset of that name"),
         (("--host", "0.0.0.0"), 2, "say --insecure"),
         (("--device", "warp"), 2, "--device warp"),

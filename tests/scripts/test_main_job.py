@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -23,6 +24,16 @@ SCRIPTS = Path(train.__file__).parent
 pytestmark = pytest.mark.processes
 
 
+def document(stream: IO[str]) -> str:
+    """What is printed up to the first brace on a line of its own, or to the end."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if line == "}\n":
+            break
+    return "".join(lines)
+
+
 @pytest.fixture(scope="module", params=["iid", "label"])
 def workers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -34,13 +45,13 @@ def workers(
     command += ["--split", request.param, "--folder", str(folder), "--json-file", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        # The document ends with the first brace that closes a line of its own.
-        told = "".join(iter(process.stdout.readline, "}\n")) + "}"
-        started = json.loads(told)
-        assert json.loads(file.read_text()) == started
-        yield file, request.param
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        try:
+            started = json.loads(document(process.stdout))
+            assert json.loads(file.read_text()) == started
+            yield file, request.param
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
     for worker in started["workers"]:
         with pytest.raises(ProcessLookupError):
             os.kill(worker["pid"], 0)

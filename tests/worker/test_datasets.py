@@ -391,7 +391,7 @@ def test_a_data_set_is_itself_and_shows_no_order() -> None:
     assert data == data
     assert data != Dataset("rows", {"x": IMAGES})
     assert len({data, data}) == 1
-    assert data.row_bytes == 3 * 4
+    assert data.row_bytes() == 3 * 4
     with pytest.raises(TypeError):
         data.fields["x"] = IMAGES  # type: ignore[index]
 
@@ -419,3 +419,7 @@ async def test_a_batch_that_is_too_large_for_the_session_is_refused() -> None:
         assert (await small.get()).shape == (100, 10)
         with pytest.raises(QuotaExceeded, match="above the 8,000 of this session"):
             await rows["x"].get()
+
+
+def test_a_data_set_shows_no_value() -> None:
+    assert "7" not in repr(Dataset("rows", {"x": torch.full((2,), 7.0)}))

@@ -126,6 +126,9 @@ def _node(
         named = [parse_option(text) for text in datasets]
     except ValueError as error:
         _usage(str(error))
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        _usage(f"--dataset {max(names, key=names.count)}: that name is given twice")
     unknown = set(opened) - {name for name, _ in named}
     if unknown:
         _usage(f"--open {sorted(unknown)[0]}: there is no --dataset of that name")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from wsfed.errors import NotFound
 from wsfed.pointers.pointer import Pointer, make_pointer
+from wsfed.pointers.site import capture_site
 from wsfed.protocol import messages as m
 from wsfed.tensors import DTYPES
 
@@ -60,9 +61,16 @@ class RemoteDataset:
         if field not in self.fields:
             known = ", ".join(map(repr, self.fields))
             raise NotFound(f"the data set {self.name!r} has no field {field!r}; it has {known}")
-        return dict(zip(self.fields, self.batch(self.rows, 0), strict=True))[field]
+        return self.batch(self.rows, 0, fields=[field])[0]
 
-    def batch(self, batch_size: int, index: int, *, seed: int | None = None) -> tuple[Pointer, ...]:
+    def batch(
+        self,
+        batch_size: int,
+        index: int,
+        *,
+        seed: int | None = None,
+        fields: Sequence[str] | None = None,
+    ) -> tuple[Pointer, ...]:
         """One batch, a pointer for each field; made on the worker.
 
         Args:
@@ -70,6 +78,7 @@ class RemoteDataset:
             index: which batch, from 0; the last one may be smaller.
             seed: order of the rows: ``None`` for their own, else that of
                 ``torch.randperm(rows, generator=torch.Generator().manual_seed(seed))``.
+            fields: names of those that are wanted; by default all, in their order.
 
         Raises:
             IndexError: there is no such batch.
@@ -78,11 +87,13 @@ class RemoteDataset:
         if batch_size < 1 or not 0 <= start < max(self.rows, 1):
             raise IndexError(f"{self.rows} rows have no batch {index} of {batch_size}")
         size = min(batch_size, self.rows - start)
-        ids = [self._link.new_id() for _ in self.fields]
-        self._link.issue(m.Batch(self.name, ids, seed, batch_size, index).wire())
+        wanted = {name: self.fields[name] for name in (self.fields if fields is None else fields)}
+        ids = [self._link.new_id() for _ in wanted]
+        command = m.Batch(self.name, list(wanted), ids, seed, batch_size, index)
+        self._link.issue(command.wire(), capture_site())
         return tuple(
             make_pointer(self._link, id, (size, *field.shape[1:]), field.dtype)
-            for id, field in zip(ids, self.fields.values(), strict=True)
+            for id, field in zip(ids, wanted.values(), strict=True)
         )
 
     def loader(

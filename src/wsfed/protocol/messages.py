@@ -422,9 +422,10 @@ class OpenDataset(Message):
 
 @_message(43, COMMANDS)
 class Batch(Message):
-    """Make one batch of a data set: an identifier for each field, in the order of its fields."""
+    """Make one batch of some fields of a data set: an identifier for each."""
 
     name: str = _text()
+    fields: list[str] = _texts(limits.MAX_IDS)
     outs: list[int] = _ids()
     #: Order of the rows: nothing for the natural one, else the seed of a permutation.
     seed: int | None = _field("nothing or an integer of 53 bits", _maybe(_is_uint))

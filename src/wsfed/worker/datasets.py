@@ -55,7 +55,7 @@ class Dataset:
     """
 
     name: str
-    fields: Mapping[str, torch.Tensor]
+    fields: Mapping[str, torch.Tensor] = field(repr=False)
     open: bool = False
     #: The last orders of rows that were asked for; batches of an epoch come one after the other.
     _orders: list[tuple[int, torch.Tensor]] = field(default_factory=list, init=False, repr=False)
@@ -88,12 +88,26 @@ class Dataset:
         """How many there are."""
         return len(next(iter(self.fields.values())))
 
-    @property
-    def row_bytes(self) -> int:
-        """What one row takes, over all fields."""
-        return sum(tensor[:1].nbytes for tensor in self.fields.values())
+    def row_bytes(self, fields: Sequence[str] | None = None) -> int:
+        """What one row takes, over these fields; ``None`` for all."""
+        return sum(tensor[:1].nbytes for tensor in self._chosen(fields))
 
-    def batch(self, seed: int | None, batch_size: int, index: int) -> tuple[torch.Tensor, ...]:
+    def _chosen(self, fields: Sequence[str] | None) -> list[torch.Tensor]:
+        if fields is None:
+            return list(self.fields.values())
+        unknown = [name for name in fields if name not in self.fields]
+        if unknown:
+            known = ", ".join(map(repr, self.fields))
+            raise KeyError(f"there is no field {unknown[0][:100]!r}; there is {known}")
+        return [self.fields[name] for name in fields]
+
+    def batch(
+        self,
+        seed: int | None,
+        batch_size: int,
+        index: int,
+        fields: Sequence[str] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """One batch: a tensor for each field, the last batch as long as rows are left.
 
         The tensors are copies: what is written into them stays theirs. The same batch in plain
@@ -107,20 +121,22 @@ class Dataset:
             seed: ``None`` for the rows' own order, else see above.
             batch_size: rows of a full batch.
             index: which batch, from 0.
+            fields: names, ``None`` for all of them in their order.
 
         Raises:
             IndexError: there is no such batch.
+            KeyError: there is no such field.
         """
         start = index * batch_size
         if batch_size < 1 or not 0 <= start < self.rows:
             raise IndexError(f"{self.rows} rows have no batch {index} of {batch_size}")
         stop = min(start + batch_size, self.rows)
         if seed is None:
-            return tuple(_copy(tensor[start:stop]) for tensor in self.fields.values())
+            return tuple(_copy(tensor[start:stop]) for tensor in self._chosen(fields))
         chosen = self._order_of(seed)[start:stop]
         return tuple(
             tensor.detach().index_select(0, chosen.to(tensor.device))
-            for tensor in self.fields.values()
+            for tensor in self._chosen(fields)
         )
 
     def _order_of(self, seed: int) -> torch.Tensor:

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from wsfed.errors import (
     Cancelled,
-    DatasetError,
     NotFound,
     OpNotAllowed,
     QuotaExceeded,
@@ -346,11 +345,12 @@ class Interpreter:
 
     def _batch(self, command: m.Batch) -> None:
         dataset = self._dataset(command.name)
-        self.store.check_room(min(command.batch_size, dataset.rows) * dataset.row_bytes)
         try:
-            tensors = dataset.batch(command.seed, command.batch_size, command.index)
-        except IndexError as error:
-            raise DatasetError(command.name, str(error)) from None
+            row = dataset.row_bytes(command.fields)
+            self.store.check_room(min(command.batch_size, dataset.rows) * row)
+            tensors = dataset.batch(command.seed, command.batch_size, command.index, command.fields)
+        except LookupError as error:
+            raise NotFound(str(error.args[0]), op=f"batch of {command.name!r}") from None
         labels = NO_LABELS if dataset.open else frozenset({dataset.name})
         self._bind(command.outs, tuple(tensors), labels)
 

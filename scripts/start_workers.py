@@ -182,12 +182,14 @@ async def end(process: asyncio.subprocess.Process) -> None:
 
 
 def tell(started: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print where the workers are."""
+    """Tell where the workers are; the file is whole as soon as it is there."""
     text = json.dumps(started, indent=2)
-    print(text, flush=True)
     if options.json_file:
         options.json_file.parent.mkdir(parents=True, exist_ok=True)
-        options.json_file.write_text(text + "\n")
+        unfinished = options.json_file.with_suffix(".part")
+        unfinished.write_text(text + "\n")
+        unfinished.replace(options.json_file)
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -445,3 +445,30 @@ async def test_nothing_waits_for_a_backward(carol: wsfed.VirtualWorker) -> None:
             local -= 0.1 * local.grad
         local.grad = None
     assert_same_bits(await x, local)
+
+
+@pytest.mark.parametrize("retains", [False, True])
+def test_a_result_named_as_input_gets_its_gradient(
+    retains: bool, pair: tuple[torch.Tensor, Any]
+) -> None:
+    results = []
+    for x in pair:
+        y = x * 2
+        side = x * 3
+        if retains:
+            side.retain_grad()
+        (y**2 + side).sum().backward(inputs=[y])
+        assert x.grad is None
+        assert not retains or side.grad is None
+        results.append(y)
+    assert_same_grad(results[1], results[0])
+
+
+def test_a_kept_gradient_on_the_way_to_an_input_is_there(pair: tuple[torch.Tensor, Any]) -> None:
+    results = []
+    for x in pair:
+        y = x * 2
+        y.retain_grad()
+        (y**2).sum().backward(inputs=[x])
+        results.append(y)
+    assert_same_grad(results[1], results[0])

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import wsfed
 from tests.pointers.oracle import assert_same_bits, check
 from wsfed import sync
+from wsfed.pointers import calls
 from wsfed.protocol import limits
 
 
@@ -612,3 +614,86 @@ def test_autocast_is_refused(bob: sync.VirtualWorker) -> None:
     x = bob.send(torch.ones(3, 3))
     with torch.autocast("cpu"), pytest.raises(wsfed.OpNotAllowed, match="autocast"):
         x @ x
+
+
+#: Numbers that are equal, and that torch promotes each in its own way.
+EQUALS: list[Any] = [1, 1.0, True, 1 + 0j, np.float64(1.0), np.float32(1.0), np.int64(1)]
+
+
+@pytest.mark.parametrize("first", EQUALS, ids=lambda value: type(value).__name__)
+def test_equal_numbers_of_other_types_are_other_calls(first: Any, bob: sync.VirtualWorker) -> None:
+    local = torch.tensor([1, 2, 3])
+    remote = bob.send(local)
+    for value in (first, *EQUALS, first):
+        assert_same_bits(remote * value, local * value)
+
+
+def test_a_fraction_of_numpys_is_told_apart_where_the_shape_depends_on_it(
+    bob: sync.VirtualWorker,
+) -> None:
+    local = torch.ones(1, 1, 4, 4)
+    remote = bob.send(local)
+    for scale in (np.float64(2.0), np.float64(1.5)):
+        assert_same_bits(
+            F.interpolate(remote, scale_factor=scale), F.interpolate(local, scale_factor=scale)
+        )
+
+
+def test_a_schedule_of_numpys_fractions_is_inferred_once(bob: sync.VirtualWorker) -> None:
+    x = bob.send(torch.ones(3))
+    (x * np.float64(0.5)).get()
+    known = len(calls._cache._known)
+    for step in range(10):
+        x * np.float64(step)
+    assert len(calls._cache._known) == known
+
+
+def test_a_text_is_not_taken_for_a_keyword(bob: sync.VirtualWorker) -> None:
+    x = bob.send(torch.ones(2, 3))
+    assert x.sum(dim=1).shape == (2,)
+    with pytest.raises(TypeError):
+        x.sum("dim", 1)
+
+
+def test_an_array_of_numpys_says_what_to_write(bob: sync.VirtualWorker) -> None:
+    with pytest.raises(TypeError, match="from_numpy"):
+        bob.send(torch.ones(3))[np.array([0, 2])]
+
+
+SEVERAL_UNKNOWN: dict[str, Callable[[Any], Any]] = {
+    "nonzero(as_tuple)": lambda x: torch.nonzero(x > 2, as_tuple=True),
+    "Tensor.nonzero(as_tuple)": lambda x: (x > 2).nonzero(as_tuple=True),
+    "nonzero(as_tuple) of a number": lambda x: torch.nonzero(x[0, 0] >= 0, as_tuple=True),
+    "where": lambda x: torch.where(x > 2),
+    "unique with inverse": lambda x: torch.unique(x.long(), return_inverse=True),
+    "unique with all": lambda x: torch.unique(x.long(), return_inverse=True, return_counts=True),
+    "Tensor.unique": lambda x: x.long().unique(),
+    "Tensor.unique with counts": lambda x: x.long().unique(return_counts=True),
+    "unique_consecutive": lambda x: torch.unique_consecutive(x.long(), return_counts=True),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL_UNKNOWN)
+def test_several_shapes_that_depend_on_values_are_the_true_ones(
+    name: str, bob: sync.VirtualWorker
+) -> None:
+    check(bob, SEVERAL_UNKNOWN[name], torch.arange(6.0).reshape(2, 3) % 4)
+
+
+async def test_several_shapes_that_depend_on_values_are_resolved(
+    carol: wsfed.VirtualWorker,
+) -> None:
+    rows, columns = torch.where(carol.send(torch.eye(3)) > 0)
+    assert (await rows.resolve()).shape == (await columns.resolve()).shape == (3,)
+
+
+def test_a_constant_that_is_too_large_frees_those_before_it(bob: sync.VirtualWorker) -> None:
+    x = bob.send(torch.ones(3))
+    (hosted,) = bob._node._sessions.values()
+    bob.flush()
+    before = len(hosted.interpreter.store)
+    with pytest.raises(wsfed.ConstantTooLarge):
+        torch.cat([x, torch.ones(3), torch.ones(20_000)])
+    bob.flush()
+    bob.flush()
+    assert len(hosted.interpreter.store) == before

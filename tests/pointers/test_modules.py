@@ -441,3 +441,17 @@ async def test_a_module_comes_home_whole_or_not_at_all(carol: wsfed.VirtualWorke
         await wsfed.get(model)
     assert isinstance(model.weight, Pointer)
     assert isinstance(model.bias, Pointer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_remote_module_is_converted_in_place(dtype: torch.dtype, bob: sync.VirtualWorker) -> None:
+    local = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    remote, x = copy.deepcopy(local), torch.randn(5, 3)
+    bob.send(remote)
+    for module, data in ((local, x), (remote, bob.send(x))):
+        parameters = list(module.parameters())
+        (module(data) ** 2).sum().backward()
+        module.to(dtype)
+        assert list(map(id, module.parameters())) == list(map(id, parameters))
+        (module(data.to(dtype)) ** 2).sum().backward()
+    assert_same_state(remote, local)

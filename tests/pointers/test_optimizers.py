@@ -193,3 +193,36 @@ def test_one_model_on_each_worker_has_its_own_state(
         train(model, optimizer, data)
     assert_same_state(pairs[0][0], pairs[2][0])
     assert_same_state(pairs[1][0], pairs[2][0])
+
+
+def lbfgs(model: nn.Module, x: Any) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) ** 2).sum()
+        loss.backward()
+        return loss
+
+    return optimizer, closure
+
+
+def test_an_optimizer_that_looks_at_values_steps_in_the_blocking_world(
+    bob: sync.VirtualWorker,
+) -> None:
+    (local, _), (model, _), x = build("SGD"), build("SGD"), torch.randn(5, 3)
+    bob.send(model)
+    for each, data in ((local, x), (model, bob.send(x))):
+        optimizer, closure = lbfgs(each, data)
+        optimizer.step(closure)
+        optimizer.step(closure)
+    assert_same_state(model, local)
+
+
+async def test_an_optimizer_that_looks_at_values_says_so_in_the_async_world(
+    carol: wsfed.VirtualWorker,
+) -> None:
+    model, _ = build("SGD")
+    optimizer, closure = lbfgs(carol.send(model), carol.send(torch.randn(5, 3)))
+    with pytest.raises(wsfed.ValueNeeded, match=r"await pointer\.get\(\)"):
+        optimizer.step(closure)

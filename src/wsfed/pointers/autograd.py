@@ -49,8 +49,29 @@ def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -
         if node in seen:
             continue
         seen.add(node)
-        if (not node.parents or node.retains) and (only is None or node in only):
+        if _keeps(node, only):
             if node.has_grad and create_graph:
                 node.generation += 1
             node.has_grad = True
         pending.extend(node.parents)
+
+
+def _keeps(node: Node, only: set[Node] | None) -> bool:
+    """Whether a gradient is left here. What ``inputs=`` names may be no leaf."""
+    if only is None:
+        return not node.parents or node.retains
+    return node in only or (node.retains and _leads_to(node, only))
+
+
+def _leads_to(node: Node, wanted: set[Node]) -> bool:
+    """Whether the way to one of them goes through ``node``."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        each = pending.pop()
+        if each in wanted:
+            return True
+        if each not in seen:
+            seen.add(each)
+            pending.extend(each.parents)
+    return False

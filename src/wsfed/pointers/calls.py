@@ -16,8 +16,10 @@ from wsfed.pointers.autograd import Node
 from wsfed.pointers.link import Link
 from wsfed.pointers.shapes import Inferred, Meta, ShapeCache, UnknownShape, meta_of
 from wsfed.pointers.site import Site, capture_site, describe_site
+from wsfed.pointers.views import check_write, followed, share, wrote
 from wsfed.protocol import limits
 from wsfed.protocol.messages import Execute
+from wsfed.protocol.values import REF, Wire
 
 __all__ = ["call", "is_pointer", "mode_now", "register"]
 
@@ -48,17 +50,25 @@ def mode_now() -> int:
     Raises:
         OpNotAllowed: autocast is on, which no worker understands yet.
     """
-    if torch._C._is_any_autocast_enabled():
+    if _is_autocast():
         raise OpNotAllowed("autocast is not carried to workers; convert with .to(dtype)")
-    if torch.is_inference_mode_enabled():
+    if _is_inference():
         return _NO_GRAD | _INFERENCE
-    return 0 if torch.is_grad_enabled() else _NO_GRAD
+    return 0 if _is_grad() else _NO_GRAD
+
+
+_is_autocast: Final = torch._C._is_any_autocast_enabled
+_is_inference: Final = torch.is_inference_mode_enabled
+_is_grad: Final = torch.is_grad_enabled
 
 
 # --- scanning: the key of a call, and its tensors ------------------------------------------------
 
 _TRUE: Final = object()
 _FALSE: Final = object()
+_FRACTION: Final = object()
+#: Between positions and keywords, so that a text in a position is not taken for a keyword.
+_KEYWORDS: Final = object()
 
 
 class _Local(NamedTuple):
@@ -71,9 +81,10 @@ def _scan(value: Any, key: list[Any], tensors: list[Any]) -> None:
     kind = type(value)
     if kind is _pointer_class:
         tensors.append(value)
-        key.append(value._meta)
+        state = value.__dict__
+        key.append(followed(state) if "_view_of" in state else state["_meta"])
     elif kind is float:
-        key.append(float)
+        key.append(_FRACTION)
     elif kind is bool:
         # True is 1 and 1.0 to a dictionary; torch tells them apart.
         key.append(_TRUE if value else _FALSE)
@@ -99,17 +110,27 @@ def _scan(value: Any, key: list[Any], tensors: list[Any]) -> None:
 
 
 def _scan_other(value: Any, key: list[Any]) -> None:
+    kind = type(value)
+    if isinstance(value, float):  # numpy's float64, which a schedule of rates may give
+        key.append((kind, _FRACTION))
+        return
     try:
         hash(value)
     except TypeError:
-        raise TypeError(f"{type(value).__name__} does not travel to a worker") from None
-    key.append(value)
+        raise TypeError(
+            f"{kind.__name__} does not travel to a worker{_ADVICE.get(kind.__name__, '')}"
+        ) from None
+    # 1, 1+0j and numpy's 1 are equal to a dictionary, and torch promotes each in another way.
+    key.append((kind, value))
+
+
+_ADVICE: Final = {"ndarray": "; write torch.from_numpy(array)"}
 
 
 def _floats(values: Iterable[Any]) -> tuple[float, ...]:
     found: list[float] = []
     for value in values:
-        if type(value) is float:
+        if isinstance(value, float):
             found.append(value)
         elif isinstance(value, list | tuple):
             found += _floats(value)
@@ -132,16 +153,22 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     name = wire_name(function)
     if name is None:
         _refuse(function)
-    if kwargs.get("out") is not None:
+    if kwargs and kwargs.get("out") is not None:
         return _call_into(name, function, args, kwargs)
     mode = mode_now()
     key: list[Any] = [name, mode]
     tensors: list[Any] = []
     for arg in args:
-        _scan(arg, key, tensors)
-    for word, arg in kwargs.items():
-        key.append(word)
-        _scan(arg, key, tensors)
+        if type(arg) is _pointer_class and "_view_of" not in arg.__dict__:  # the commonest
+            tensors.append(arg)
+            key.append(arg._meta)
+        else:
+            _scan(arg, key, tensors)
+    if kwargs:
+        key.append(_KEYWORDS)
+        for word, arg in kwargs.items():
+            key.append(word)
+            _scan(arg, key, tensors)
     if depends_on_floats(name):
         key.append(_floats((*args, *kwargs.values())))
     site = capture_site()
@@ -215,8 +242,11 @@ def _issue(
     link: Link,
     site: Site | None,
 ) -> Any:
-    written = _written(name, mode, inferred, tensors)
-    outs, results = [], []
+    written = inferred.written
+    if written or mode & _INFERENCE:
+        written = _check_written(name, mode, written, tensors)
+    outs: list[int] = []
+    results: list[Any] = []
     parents: tuple[Node, ...] | None = None
     for out, view in zip(inferred.outs, inferred.views, strict=True):
         if type(out) is int:
@@ -230,9 +260,27 @@ def _issue(
                     parents = _parents(tensors)
                 result.__dict__["_node"] = Node(parents)
             if view >= 0 and type(tensors[view]) is _pointer_class:
-                result.__dict__["_view_of"] = tensors[view]
+                share(result.__dict__, tensors[view].__dict__)
             outs.append(id)
         results.append(result)
+    _send(name, outs, args, kwargs, mode, link, site)
+    for place, meta in inferred.changed:
+        _change(tensors[place], meta, tensors)
+    if written and not mode:
+        _follow_writes(written, tensors)
+    return results[0] if inferred.spec is None else inferred.build(results)
+
+
+def _send(
+    name: str,
+    outs: list[int],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: int,
+    link: Link,
+    site: Site | None,
+) -> None:
+    """Encode and issue; local tensors travel ahead and are freed behind."""
     constants: list[int] = []
 
     def ref(tensor: torch.Tensor) -> int:
@@ -240,16 +288,25 @@ def _issue(
             return tensor._handle.id  # type: ignore[attr-defined, no-any-return]
         return _constant(name, tensor, link, constants, site)
 
-    wire_args = [encode(_device(arg, name, link), ref) for arg in args]
-    wire_kwargs = {word: encode(_device(arg, word, link), ref) for word, arg in kwargs.items()}
-    link.issue([_EXECUTE, name, outs, wire_args, wire_kwargs, mode], site)
-    for id in constants:
-        link.release(id)
-    for place, meta in inferred.changed:
-        _change(tensors[place], meta, tensors)
-    if not mode:
-        _follow_writes(written, tensors)
-    return inferred.build(results)
+    try:
+        wire_args = [_wire(arg, name, link, ref) for arg in args]
+        wire_kwargs = {word: _wire(arg, word, link, ref) for word, arg in kwargs.items()}
+        link.issue([_EXECUTE, name, outs, wire_args, wire_kwargs, mode], site)
+    finally:
+        for id in constants:
+            link.release(id)
+
+
+def _wire(value: Any, word: str, link: Link, ref: Callable[[torch.Tensor], int]) -> Wire:
+    """An argument's wire form, the commonest ones first."""
+    kind = type(value)
+    if kind is _pointer_class:
+        return [REF, value._handle.id]
+    if kind is float:
+        return value  # type: ignore[no-any-return]
+    if kind is torch.device or kind is str:
+        value = _device(value, word, link)
+    return encode(value, ref)
 
 
 def _device(value: Any, word: str, link: Link) -> Any:
@@ -307,13 +364,20 @@ def _change(tensor: Any, meta: Meta, tensors: list[Any]) -> None:
     tensor._set_meta(meta)
 
 
-def _written(name: str, mode: int, inferred: Inferred, tensors: list[Any]) -> tuple[int, ...]:
-    """The arguments that are written to; the writing happens on the worker."""
-    written = inferred.written
+def _check_written(
+    name: str, mode: int, written: tuple[int, ...], tensors: list[Any]
+) -> tuple[int, ...]:
+    """The arguments that are written to; the writing happens on the worker.
+
+    Tensors of inference mode do not count their writes, so that the name has to tell.
+    """
     if mode & _INFERENCE and lookup(name).inplace:
         written = (0,)
     for place in written:
-        if type(tensors[place]) is not _pointer_class:
+        if type(tensors[place]) is _pointer_class:
+            if not mode:
+                check_write(tensors[place].__dict__)
+        else:
             raise PointerError(
                 f"{name} would write into a local tensor what is on a worker: "
                 "send the local tensor first, or get the pointer's value"
@@ -327,11 +391,9 @@ def _follow_writes(written: tuple[int, ...], tensors: list[Any]) -> None:
         meta = tensors[place]._meta
         if meta is None or not meta.requires_grad or meta.is_leaf:
             continue
-        node = tensors[place].__dict__["_node"] = Node(_parents(tensors))
-        base = tensors[place].__dict__.get("_view_of")
-        while base is not None:
-            base._depends_on(node)
-            base = base.__dict__.get("_view_of")
+        state = tensors[place].__dict__
+        state["_node"] = Node(_parents(tensors))
+        wrote(state)
 
 
 # --- shapes that depend on values ----------------------------------------------------------------
@@ -347,29 +409,39 @@ def _issue_unresolved(
     site: Site | None,
     why: str,
 ) -> Any:
-    if name not in _ONE_RESULT:
+    count = _unresolved_results(name, args, kwargs, tensors)
+    if count is None:
         raise OpNotAllowed(f"its results' shapes depend on values ({why[:200]})", op=name)
-    result = _make(link, link.new_id(), None)
-    constants: list[int] = []
-
-    def ref(tensor: torch.Tensor) -> int:
-        if type(tensor) is _pointer_class:
-            return tensor._handle.id  # type: ignore[attr-defined, no-any-return]
-        return _constant(name, tensor, link, constants, site)
-
-    wire_args = [encode(arg, ref) for arg in args]
-    wire_kwargs = {word: encode(arg, ref) for word, arg in kwargs.items()}
-    outs = [result._handle.id]
-    link.issue([_EXECUTE, name, outs, wire_args, wire_kwargs, mode], site)
-    for id in constants:
-        link.release(id)
-    result.__dict__["_node"] = Node(parents) if (parents := _parents(tensors)) else None
+    results = [_make(link, link.new_id(), None) for _ in range(count or 1)]
+    outs = [result._handle.id for result in results]
+    _send(name, outs, args, kwargs, mode, link, site)
+    parents = _parents(tensors)
+    for result in results:
+        result.__dict__["_node"] = Node(parents) if parents else None
     if link.blocking:
-        result.resolve()
-    return result
+        for result in results:
+            result.resolve()
+    return tuple(results) if count else results[0]
 
 
-#: Operations with one result whose shape depends on values.
+def _unresolved_results(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Any]
+) -> int | None:
+    """How many tensors are in the tuple that comes: 0 for one without a tuple, None if unknown."""
+    ndim = len(_meta(tensors[0], name).shape)
+    if name == "torch.where":
+        return max(ndim, 1) if len(args) == 1 and not kwargs else None
+    if name not in _ONE_RESULT:
+        return None
+    if name.endswith("nonzero"):
+        return max(ndim, 1) if kwargs.get("as_tuple") else 0
+    if "unique" in name:
+        more = bool(kwargs.get("return_inverse")) + bool(kwargs.get("return_counts"))
+        return more + 1 if more else 0
+    return 0
+
+
+#: Operations with one result whose shape depends on values, unless asked for more.
 _ONE_RESULT: Final = frozenset(
     f"{space}.{word}"
     for space in ("torch", "torch.Tensor")
@@ -380,6 +452,11 @@ _ONE_RESULT: Final = frozenset(
         "bincount",
         "repeat_interleave",
         "__getitem__",
+        "unique",
         "unique_consecutive",
     ]
-) | {"torch.functional.unique", "torch.nn.functional.one_hot"}
+) | {
+    "torch.functional.unique",
+    "torch.functional.unique_consecutive",
+    "torch.nn.functional.one_hot",
+}

@@ -61,6 +61,13 @@ def _cpu(pointer: Any, *_: Any, **__: Any) -> Any:
     return pointer
 
 
+def _together(one: Any, other: Any) -> bool:
+    """Whether ``one.data = other`` is possible, which a module's ``.double()`` asks."""
+    if not (is_pointer(one) and is_pointer(other)):
+        return False
+    return one._handle.link is other._handle.link
+
+
 # --- torch.nn.init, whose functions are intercepted whole ----------------------------------------
 
 
@@ -139,6 +146,7 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[_T.cpu] = _cpu
     table[torch.autograd.grad] = _autograd_grad
     table[torch.eye] = _eye
+    table[torch._has_compatible_shallow_copy_type] = _together
     table[nn.init.uniform_] = _uniform
     table[nn.init.normal_] = _normal
     table[nn.init.constant_] = _constant

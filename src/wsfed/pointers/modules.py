@@ -229,7 +229,9 @@ def _swap(tensor: torch.Tensor, other: torch.Tensor) -> None:
 
 
 #: What belongs to a pointer and not to the program.
-_OWN = frozenset({"_handle", "_meta", "_node", "_grad_pointer", "_view_of", "_is_param"})
+_OWN = frozenset(
+    {"_handle", "_meta", "_node", "_grad_pointer", "_is_param", "_view_of", "_writes", "_seen"}
+)
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:

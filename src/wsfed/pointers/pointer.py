@@ -19,6 +19,7 @@ from wsfed.pointers.link import Link, link_of
 from wsfed.pointers.local import LOCAL
 from wsfed.pointers.shapes import Meta, intern_meta
 from wsfed.pointers.site import capture_site, describe_site
+from wsfed.pointers.views import followed, node_of
 from wsfed.protocol import messages as m
 from wsfed.protocol.values import REF
 from wsfed.tensors import DTYPES
@@ -27,6 +28,7 @@ __all__ = ["Pointer", "make_pointer", "make_sent", "transfer"]
 
 _OFF = torch._C.DisableTorchFunctionSubclass
 _empty = torch.empty_strided
+_META = torch.device("meta")
 
 
 class Pointer(torch.Tensor):
@@ -161,17 +163,10 @@ class Pointer(torch.Tensor):
 
     def _graph_node(self) -> Node:
         """The node of a pointer that requires grad; a leaf gets one when it is first needed."""
-        node: Node | None = self.__dict__.get("_node")
-        if node is None:
-            node = self.__dict__["_node"] = Node()
-        return node
-
-    def _depends_on(self, node: Node) -> None:
-        """Something was written into a view of this tensor."""
-        meta = self._known()
-        own = (self._graph_node(),) if meta.requires_grad else ()
-        self.__dict__["_node"] = Node((*own, node))
-        self._set_meta(intern_meta(meta.shape, meta.stride, meta.dtype, True, False))
+        state = self.__dict__
+        if "_view_of" in state:
+            followed(state)
+        return node_of(state)
 
     def _get_grad(self) -> Pointer | None:
         node: Node | None = self.__dict__.get("_node")
@@ -243,7 +238,8 @@ class Pointer(torch.Tensor):
     # --- metadata ---
 
     def _known(self) -> Meta:
-        meta: Meta | None = self.__dict__["_meta"]
+        state = self.__dict__
+        meta: Meta | None = followed(state) if "_view_of" in state else state["_meta"]
         if meta is None:
             self.size()  # raises
             raise AssertionError("unreachable")
@@ -258,7 +254,7 @@ class Pointer(torch.Tensor):
             meta.dtype,
         ):
             with _OFF():
-                self.data = _empty(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+                self.data = _empty(meta.shape, meta.stride, dtype=meta.dtype, device=_META)
 
     # --- Python around it ---
 
@@ -377,7 +373,7 @@ def _pointer_of(tensor: torch.Tensor) -> Pointer:
 
 def _dense(meta: Meta) -> tuple[int, ...]:
     with _OFF():
-        there = _empty(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+        there = _empty(meta.shape, meta.stride, dtype=meta.dtype, device=_META)
         return torch.empty_like(there).stride()
 
 
@@ -392,9 +388,9 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 def _make(link: Link, id: int, meta: Meta | None, handle: Handle | None = None) -> Pointer:
     """A pointer; ``meta`` is ``None`` while the shape is not known."""
     if meta is None:
-        made: Any = _empty((0,), (1,), device="meta")
+        made: Any = _empty((0,), (1,), device=_META)
     else:
-        made = _empty(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+        made = _empty(meta.shape, meta.stride, dtype=meta.dtype, device=_META)
     made.__class__ = Pointer
     state = made.__dict__
     state["_handle"] = handle or Handle(link, id)

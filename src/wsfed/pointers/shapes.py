@@ -171,13 +171,27 @@ def _run(
     give = iter(tensors)
     own_args = [_replace(arg, give, device) for arg in args]
     own_kwargs = {
-        name: device if name == "device" and value is not None else _replace(value, give, device)
+        name: device
+        if name == "device" and value is not None
+        else _number(name, _replace(value, give, device))
         for name, value in kwargs.items()
     }
     if function is torch.Tensor.to:
         own_args[1:] = [device if isinstance(arg, str) else arg for arg in own_args[1:]]
     with _OFF():
         return function(*own_args, **own_kwargs)
+
+
+def _number(name: str, value: Any) -> Any:
+    """``alpha=`` and its like take a tensor for a number, and a meta tensor has none.
+
+    No shape depends on them. torch's L-BFGS computes them, and the worker reads them.
+    """
+    if name not in ("alpha", "beta", "value") or not isinstance(value, torch.Tensor):
+        return value
+    if value.ndim or value.requires_grad:
+        return value
+    return torch.ones((), dtype=value.dtype).item()
 
 
 #: Elements of all arguments up to which a wrong call is made once more, for its usual error.

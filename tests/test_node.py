@@ -107,7 +107,7 @@ async def until(condition: object) -> None:
     """Turn after turn of the loop, until it holds; the test's own timeout ends it."""
     assert callable(condition)
     while not condition():
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
 
 
 async def test_a_dropped_pointer_frees_its_object() -> None:

@@ -142,6 +142,9 @@ async def spawn(id: str, port: int, file: str, threads: int) -> asyncio.subproce
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "wsfed", "worker", "--json", "--id", id, "--port", str(port)),
         *("--dataset", f"{dataset_name(id, file)}={file}", "--threads", str(threads)),
+        # Should this program be killed, its workers see the end of their input, and end.
+        "--until-eof",
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         # Ctrl-C is for this program, which then stops its workers in order.
         start_new_session=True,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import digits
 import train
+import wsfed
 
 SCRIPTS = Path(train.__file__).parent
 
@@ -89,3 +90,17 @@ def test_parts_are_all_rows_once() -> None:
     for count, how in ((0, "iid"), (4, "colour")):
         with pytest.raises(ValueError, match="rows"):
             digits.split(rows, count, how)
+
+
+async def test_workers_end_when_the_program_that_started_them_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "start_workers.py"), "--workers", "1"]
+    command += ["--folder", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        (worker,) = json.loads(document(process.stdout))["workers"]
+        async with wsfed.connect(worker["url"]) as handle:
+            await handle.flush()
+            process.kill()
+            with pytest.raises(wsfed.SessionLost, match="shutting down"):
+                while True:
+                    await handle.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import logging
@@ -11,6 +12,7 @@ import re
 import signal
 import ssl as ssl_module
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -72,6 +74,9 @@ def worker(
     direct: Annotated[
         bool, typer.Option(help="Take tensors to other workers when a client asks for it.")
     ] = True,
+    until_eof: Annotated[
+        bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Tell the address as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log connections.")] = False,
 ) -> None:
@@ -94,7 +99,7 @@ def worker(
     node = _node(id, dataset or [], open or [], device, max_memory, threads, token_file, direct)
     ssl = _tls(tls_cert, tls_key)
     try:
-        idle = asyncio.run(_serve(node, host, port, ssl, as_json))
+        idle = asyncio.run(_serve(node, host, port, ssl, as_json, until_eof))
     except OSError as error:
         _fail(f"cannot listen on {host}:{port}: {error.strerror or error}; try --port 0")
     if not idle:
@@ -163,7 +168,12 @@ def _tls(cert: Path | None, key: Path | None) -> ssl_module.SSLContext | None:
 
 
 async def _serve(
-    node: object, host: str, port: int, ssl: ssl_module.SSLContext | None, as_json: bool
+    node: object,
+    host: str,
+    port: int,
+    ssl: ssl_module.SSLContext | None,
+    as_json: bool,
+    until_eof: bool,
 ) -> bool:
     from wsfed.node import Node
 
@@ -172,6 +182,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if until_eof:
+        threading.Thread(target=_read_to_the_end, args=(loop, stop), daemon=True).start()
     async with node, node.listen(host, port, ssl) as url:
         if as_json:
             typer.echo(json.dumps({"url": url, **node.info}))
@@ -181,6 +193,14 @@ async def _serve(
         sys.stdout.flush()
         await stop.wait()
     return await node.join(0)
+
+
+def _read_to_the_end(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Whoever started this worker holds the other end of its standard input, and may be killed."""
+    while os.read(0, 4096):
+        pass
+    with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+        loop.call_soon_threadsafe(stop.set)
 
 
 def _usage(text: str) -> NoReturn:

@@ -148,9 +148,12 @@ class RemoteError(WsfedError):
         super().__init__(message)
 
     def __str__(self) -> str:
-        call = f"{self.op}({', '.join(self.shapes)})" if self.op else "a command"
-        place = f" on worker {self.worker!r}" if self.worker else ""
-        lines = [f"{self.type} in {call}{place}: {self.message}"]
+        call = f"{self.op}({', '.join(self.shapes)})" if self.op else ""
+        if self.type != type(self).__name__:  # what Python shows of this class does not tell it
+            call = f"{self.type} in {call}" if call else self.type
+        place = f"on worker {self.worker!r}" if self.worker else ""
+        where = " ".join(part for part in (call, place) if part)
+        lines = [f"{where}: {self.message}" if where else self.message]
         if self.site:
             lines.append(f"  issued at {self.site}")
         if self.advice:

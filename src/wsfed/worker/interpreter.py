@@ -139,7 +139,7 @@ class Interpreter:
         outcome: Outcome,
         cancelled: bool,
     ) -> None:
-        name, seen = type(command).__name__.lower(), list[Entry]()
+        name, seen = _SAID.get(type(command), type(command).__name__.lower()), list[Entry]()
         if isinstance(command, m.Execute):
             name = self._name(command.op)
         try:
@@ -353,6 +353,10 @@ class Interpreter:
             raise NotFound(str(error.args[0]), op=f"batch of {command.name!r}") from None
         labels = NO_LABELS if dataset.open else frozenset({dataset.name})
         self._bind(command.outs, tuple(tensors), labels)
+
+
+#: What a client calls a command, where that is not the command's own name.
+_SAID: Final[Mapping[type[m.Message], str]] = {m.OpenDataset: "dataset"}
 
 
 def _results(command: m.Message) -> list[int]:

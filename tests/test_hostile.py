@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgpack
@@ -22,6 +23,7 @@ from wsfed.pointers.pointer import make_pointer
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import decode, encode, pack
+from wsfed.tensors import outgoing
 from wsfed.transport.wire import SUBPROTOCOL
 
 HELLO = m.Hello(m.VERSION, None, None, "stranger")
@@ -86,11 +88,24 @@ BAD: dict[str, tuple[bytes | str, str, str]] = {
         "not msgpack",
     ),
     "a length bomb": (struct.pack("<I", 5) + b"\xdd\xff\xff\xff\xff", "malformed", "not msgpack"),
+    "a length bomb of a map": (struct.pack("<I", 5) + b"\xdf\xff\xff\xff\xff", "malformed", ""),
+    "a length bomb of bytes": (struct.pack("<I", 5) + b"\xc6\xff\xff\xff\xff", "malformed", ""),
+    "a length bomb of text": (struct.pack("<I", 5) + b"\xdb\xff\xff\xff\xff", "malformed", ""),
+    "an extension type": (struct.pack("<I", 3) + b"\xd4\x01\x00", "malformed", "not msgpack"),
+    "text that is none": (struct.pack("<I", 3) + b"\xa2\xff\xff", "malformed", "not msgpack"),
     "a header longer than the frame": (struct.pack("<I", 2**32 - 1), "malformed", "does not fit"),
     "an unknown command": (frame(1, [999]), "unknown-message", "no message 999"),
     "a reply": (frame(1, m.ValueReply(1, None).wire()), "unexpected", "not expected here"),
     "a missing field": (frame(1, [33, "torch.add"]), "malformed", "Execute has 5 fields"),
     "a wrongly typed field": (frame(1, [35, 1, "x"]), "malformed", "Get.id has to be"),
+    "an identifier of nothing": (frame(1, [35, 1, 0]), "malformed", "Get.id has to be"),
+    "a truth for a number": (frame(1, [35, True, 1]), "malformed", "Get.request has to be"),
+    "a number beyond 53 bits": (frame(1, [35, 1, 2**53]), "malformed", "Get.id has to be"),
+    "an acknowledgement of what was not sent": (
+        b"".join(encode(0, 99, [pack(m.Ack().wire())])),
+        "ack",
+        "",
+    ),
     "a second hello": (control(HELLO), "unexpected", "Hello is not expected here"),
     "a gap": (frame(7, m.Flush(1).wire()), "gap", "where 1 was due"),
     "bytes that do not match the shape": (
@@ -219,6 +234,22 @@ async def test_an_operation_across_two_workers_names_both_and_the_line(url: str)
 Behaviour = Callable[[websockets.ServerConnection], Awaitable[None]]
 
 
+@asynccontextmanager
+async def serving(behaviour: Behaviour) -> AsyncIterator[str]:
+    """The URL of a server that behaves like this, and then waits."""
+
+    async def serve(socket: websockets.ServerConnection) -> None:
+        try:
+            await behaviour(socket)
+        except websockets.ConnectionClosed:
+            pass
+
+    async with websockets.serve(
+        serve, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)], compression=None
+    ) as server:
+        yield f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}"
+
+
 async def answers_garbage(socket: websockets.ServerConnection) -> None:
     await socket.recv()
     await socket.send(b"\xff" * 20)
@@ -255,6 +286,31 @@ async def welcome(socket: websockets.ServerConnection) -> None:
     await socket.recv()
 
 
+async def welcomes_with_wrong_types(socket: websockets.ServerConnection) -> None:
+    await socket.recv()
+    await socket.send(frame(0, [m.Welcome.code, "s", 1, None, "eve", []]))
+
+
+async def sends_an_unknown_message(socket: websockets.ServerConnection) -> None:
+    await welcome(socket)
+    await socket.send(frame(1, [999, 1]))
+
+
+async def replies_with_wrong_types(socket: websockets.ServerConnection) -> None:
+    await welcome(socket)
+    await socket.send(frame(1, [m.TensorReply.code, "one", 0, False]))
+
+
+async def sends_a_frame_above_the_limit(socket: websockets.ServerConnection) -> None:
+    await welcome(socket)
+    await socket.send(bytes(limits.MAX_FRAME_BYTES + 1))
+
+
+async def opens_a_stream_of_a_petabyte(socket: websockets.ServerConnection) -> None:
+    await welcome(socket)
+    await socket.send(frame(1, m.OpenStream(1, 2**50).wire()))
+
+
 @pytest.mark.parametrize(
     "behaviour",
     [
@@ -264,36 +320,156 @@ async def welcome(socket: websockets.ServerConnection) -> None:
         leaves_a_gap,
         claims_what_was_not_sent,
         replies_without_a_tensor,
+        welcomes_with_wrong_types,
+        sends_an_unknown_message,
+        replies_with_wrong_types,
+        sends_a_frame_above_the_limit,
+        opens_a_stream_of_a_petabyte,
     ],
     ids=lambda behaviour: behaviour.__name__,
 )
 async def test_a_worker_that_breaks_the_rules_ends_the_session_and_nothing_hangs(
     behaviour: Behaviour,
 ) -> None:
-    async def serve(socket: websockets.ServerConnection) -> None:
+    async def misbehave(socket: websockets.ServerConnection) -> None:
         await behaviour(socket)
         await socket.wait_closed()
 
-    async with websockets.serve(
-        serve, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)], compression=None
-    ) as server:
-        port = next(iter(server.sockets)).getsockname()[1]
+    async with serving(misbehave) as url:
         with pytest.raises(wsfed.RemoteProtocolError):
-            async with wsfed.connect(f"ws://127.0.0.1:{port}") as worker:
+            async with wsfed.connect(url) as worker:
                 await worker.flush()
 
 
 async def test_a_worker_that_closes_at_once_is_lost() -> None:
-    async def serve(socket: websockets.ServerConnection) -> None:
-        await welcome(socket)
-
-    async with websockets.serve(
-        serve, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)], compression=None
-    ) as server:
-        port = next(iter(server.sockets)).getsockname()[1]
+    async with serving(welcome) as url:
         with pytest.raises(wsfed.ConnectionLost):
-            async with wsfed.connect(f"ws://127.0.0.1:{port}", reconnect=0) as worker:
+            async with wsfed.connect(url, reconnect=0) as worker:
                 await worker.flush()
+
+
+async def test_a_worker_that_never_answers_a_greeting_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 0.2)
+
+    async def never(socket: websockets.ServerConnection) -> None:
+        await socket.wait_closed()
+
+    async with serving(never) as url:
+        with pytest.raises(wsfed.ConnectionLost, match="nothing came"):
+            await wsfed.connect(url)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_worker_that_never_resumes_a_session_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    monkeypatch.setattr(limits, "HANDSHAKE_SECONDS", 0.1)
+    begun = 0
+
+    async def closes(socket: websockets.ServerConnection) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            await welcome(socket)
+        elif not answers:
+            await socket.wait_closed()
+
+    async with serving(closes) as url, wsfed.connect(url, reconnect=0.3) as worker:
+        pointer = worker.send(torch.ones(2))
+        for asked in (pointer.get(), worker.flush()):
+            with pytest.raises(wsfed.ConnectionLost):
+                await asked
+    assert begun > 1
+
+
+def says(*replies: m.Message, tensors: Any = ()) -> Behaviour:
+    async def behave(socket: websockets.ServerConnection) -> None:
+        await welcome(socket)
+        await socket.send(b"".join(encode(1, 0, [pack(r.wire()) for r in replies], tensors)))
+        await socket.wait_closed()
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        m.ValueReply(2, "a text"),
+        m.ValueReply(2, None),
+        m.TensorReply(2, 0, True),  # whole numbers that are said to require a gradient
+    ],
+    ids=["a text", "nothing", "a gradient of whole numbers"],
+)
+async def test_an_answer_that_is_not_the_value_asked_for_is_a_protocol_error(
+    answer: m.Message,
+) -> None:
+    other = [outgoing(torch.arange(5))] if isinstance(answer, m.TensorReply) else []
+    async with serving(says(answer, tensors=other)) as url:
+        with pytest.raises(wsfed.RemoteProtocolError):
+            async with wsfed.connect(url) as worker:
+                pointer = worker.send(torch.ones(2))
+                await pointer.get()
+
+
+FIELD = ["x", "float32", [3, 2]]
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        None,
+        5,
+        [],
+        {},
+        {"name": "rows", "rows": "many", "open": True, "fields": [FIELD]},
+        {"name": "rows", "rows": -1, "open": True, "fields": [FIELD]},
+        {"name": "rows", "rows": 3, "open": True, "fields": [["x", "float33", [3]]]},
+        {"name": "rows", "rows": 3, "open": True, "fields": [["x", "float32", ["3"]]]},
+        {"name": "rows", "rows": 3, "open": True, "fields": [["x", "float32"]]},
+        {"name": "rows", "rows": 3, "open": True, "fields": 7},
+    ],
+    ids=str,
+)
+async def test_a_data_set_that_is_none_is_a_protocol_error(described: Any) -> None:
+    async with serving(says(m.ValueReply(1, described))) as url:
+        with pytest.raises(wsfed.RemoteProtocolError):
+            async with wsfed.connect(url) as worker:
+                await worker.dataset("rows")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [None, "all", {}, {"objects": 3, "datasets": []}, {"objects": [{"id": "x"}], "datasets": []}],
+    ids=str,
+)
+async def test_a_search_that_finds_nonsense_is_a_protocol_error(found: Any) -> None:
+    async with serving(says(m.ValueReply(1, found))) as url:
+        with pytest.raises(wsfed.RemoteProtocolError):
+            async with wsfed.connect(url) as worker:
+                await worker.search("#data")
+
+
+async def test_a_device_that_does_not_exist_is_a_protocol_error() -> None:
+    async def behave(socket: websockets.ServerConnection) -> None:
+        await socket.recv()
+        info = {"device": "warp:9"}
+        await socket.send(control(m.Welcome(b"s" * 16, b"t" * 16, b"e" * 16, "eve", info)))
+        await socket.wait_closed()
+
+    async with serving(behave) as url:
+        with pytest.raises(wsfed.RemoteProtocolError, match="warp"):
+            await wsfed.connect(url)
+
+
+async def test_replies_that_nobody_asked_for_change_nothing() -> None:
+    strays = (m.ValueReply(77, 1), m.TensorReply(78, 0, False), m.ValueReply(1, None))
+    async with (
+        serving(says(*strays, tensors=[outgoing(torch.ones(1))])) as url,
+        wsfed.connect(url) as worker,
+    ):
+        await worker.flush()
 
 
 @pytest.mark.processes

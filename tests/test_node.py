@@ -23,6 +23,7 @@ from wsfed.node import check_exposure
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Buffer, decode, encode, pack
+from wsfed.tensors import outgoing
 
 
 @pytest.fixture
@@ -63,7 +64,6 @@ async def test_a_heavy_operation_delays_neither_another_session_nor_a_sign_of_li
     async with wsfed.connect(url) as busy, testing.worker_over(lambda: testing.dial(url)) as quick:
         await quick.flush()
         matrix = busy.send(torch.randn(1200, 1200))
-        heavy = asyncio.ensure_future(busy.flush())
         for _ in range(8):
             matrix = torch.linalg.inv(matrix)
         heavy = asyncio.ensure_future(matrix.get())
@@ -157,6 +157,55 @@ async def test_a_second_connection_takes_a_session_over(node: wsfed.Node, url: s
     await second.close()
 
 
+async def test_a_second_connection_takes_over_from_one_that_nobody_reads(
+    node: wsfed.Node,
+) -> None:
+    _, welcome = await unread(node)
+    second = await over_memory(node)
+    resume = m.Resume(m.VERSION, welcome.session, welcome.token, welcome.epoch, 0)
+    await second.send(encode(0, 0, [pack(resume.wire())]))
+    assert isinstance(await answer_on(second), m.Resumed)
+    await second.close()
+
+
+async def test_a_client_that_does_not_read_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wsfed.node._GOODBYE_SECONDS", 0.1)
+    async with wsfed.Node("bob") as ending:
+        first, _ = await unread(ending)
+    with pytest.raises(testing.WireLost):
+        while True:
+            await first.receive()
+
+
+async def unread(node: wsfed.Node) -> tuple[testing.Wire, m.Welcome]:
+    """A connection on which more was asked for than is read, so that the worker cannot write."""
+    wire = await over_memory(node)
+    await wire.send(encode(0, 0, [pack(m.Hello(m.VERSION, None, None, "").wire())]))
+    welcome = await answer_on(wire)
+    assert isinstance(welcome, m.Welcome)
+    large = m.Execute("torch.Tensor.repeat", [2], [[0, 1], 3_000_000], {}, 0)
+    commands = [m.Store(1, 0, False), large, m.Get(3, 2)]
+    await wire.send(
+        encode(1, 0, [pack(each.wire()) for each in commands], [outgoing(torch.ones(1))])
+    )
+    assert isinstance(await answer_on(wire), m.OpenStream)
+    (hosted,) = node._sessions.values()
+    sender = hosted.protocol.sender
+    sent = -1
+    while sent != sender.sent:  # until the wire is full
+        sent = sender.sent
+        for _ in range(50):
+            await asyncio.sleep(0)
+    return wire, welcome
+
+
+async def answer_on(wire: testing.Wire) -> m.Message:
+    kinds = (m.CONTROL, m.REPLIES, m.STREAM)
+    return m.parse(decode(await wire.receive()).messages[0], kinds)
+
+
 async def test_shutting_down_says_goodbye(node: wsfed.Node) -> None:
     async with node.listen() as url:
         worker = await wsfed.connect(url)
@@ -200,7 +249,7 @@ async def test_a_session_that_used_up_its_memory_lives_on() -> None:
         assert torch.equal(await (kept + 1).get(), torch.full((250_000,), 2.0))
 
 
-@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 2_000_000])
+@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 75_000, 5_000_000])
 async def test_tensors_of_any_size_come_back_bit_for_bit(url: str, size: int) -> None:
     tensor = torch.randn(size)
     async with wsfed.connect(url) as worker:

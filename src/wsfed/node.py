@@ -14,6 +14,7 @@ import os
 import platform
 import secrets
 import ssl as ssl_module
+import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -61,6 +62,8 @@ _MOST_TICKETS: Final = 256
 _TICKET_SECONDS: Final = 5.0
 #: Two workers that can reach each other do so within this time.
 _DIAL_SECONDS: Final = 3.0
+#: A client that is told goodbye reads it within this time, or is cut off.
+_GOODBYE_SECONDS: Final = 3.0
 _MAX_OBJECTS: Final = 4_000_000
 
 
@@ -230,8 +233,11 @@ class Node:
             raise RemoteProtocolError("ticket", "nobody has announced this ticket") from None
         finally:
             self._tickets.pop(ticket, None)
+        if target.protocol.id not in self._sessions:
+            raise RemoteProtocolError("ticket", "the session that expected this is over")
         hosted = _Hosted(self, target.interpreter, target.executor, only=frozenset(ids))
         hosted.protocol.welcome(_now(), epoch=self._epoch, worker=self.id, info={})
+        target.guests.add(hosted)
         return hosted.attach()
 
     def _ticket(self, ticket: bytes) -> asyncio.Future[tuple[_Hosted, Sequence[int]]]:
@@ -271,6 +277,9 @@ class Node:
     def forget(self, hosted: _Hosted) -> None:
         """A session is over."""
         if self._sessions.pop(hosted.protocol.id, None) is not None:
+            for guest in tuple(hosted.guests):
+                guest.say_goodbye("the session that expected this is over")
+            self._tickets = {t: f for t, f in self._tickets.items() if not _is_of(f, hosted)}
             hosted.executor.submit(hosted.interpreter.store.clear)
             hosted.executor.end()
             self._ending = [each for each in self._ending if not each.join(0)]
@@ -288,6 +297,9 @@ class _Hosted:
         only: frozenset[int] | None = None,
     ) -> None:
         self.node, self.interpreter, self.executor = node, interpreter, executor
+        #: Sessions that bring tensors to this one; they use its thread, and end with it.
+        self.guests: weakref.WeakSet[_Hosted] = weakref.WeakSet()
+        self._is_guest = only is not None
         self.protocol = Session(Role.WORKER, self._allocate)
         self._session = WorkerSession(self.protocol, only=only)
         self._cancelled = 0
@@ -336,9 +348,14 @@ class _Hosted:
         self.node.forget(self)
 
     async def left(self) -> None:
-        """Wait until the connection is closed."""
-        if self._attached is not None:
-            await self._attached.done.wait()
+        """Wait until the connection is closed, and close it if the client does not read."""
+        if (attached := self._attached) is None:
+            return
+        try:
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                await attached.done.wait()
+        except TimeoutError:
+            await attached.fence()
 
     def _wake(self) -> None:
         if self._attached is not None:
@@ -375,7 +392,7 @@ class _Hosted:
     def _work(self, run: Run) -> None:
         """In the executor's thread."""
         outcome = self.interpreter.run(
-            run.seq,
+            0 if self._is_guest else run.seq,  # the frames that failures name are the client's
             run.commands,
             run.tensors,
             run.start,
@@ -391,6 +408,10 @@ class _Hosted:
             _log.debug("the event loop ended before the work did")
 
 
+def _is_of(ticket: asyncio.Future[tuple[_Hosted, Sequence[int]]], hosted: _Hosted) -> bool:
+    return ticket.done() and not ticket.cancelled() and ticket.result()[0] is hosted
+
+
 class _Attached:
     """A connection of a hosted session (:class:`~wsfed.transport.pump.End`)."""
 
@@ -400,9 +421,11 @@ class _Attached:
         self.done = asyncio.Event()
         self.closing = False
         self._fenced = False
+        self._wire: Wire | None = None
 
     async def run(self, wire: Wire) -> None:
         """Until the connection ends."""
+        self._wire = wire
         try:
             await pump(wire, self)
         finally:
@@ -410,9 +433,11 @@ class _Attached:
             self._hosted.detach(self)
 
     async def fence(self) -> None:
-        """End at once: another connection has the session now."""
+        """End at once, even in the middle of a message that nobody reads."""
         self._fenced = True
         self.wake.set()
+        if self._wire is not None:
+            await self._wire.close("cut off by the worker")
         await self.done.wait()
 
     @property

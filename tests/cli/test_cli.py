@@ -62,6 +62,40 @@ def test_a_mistake_is_told_with_what_to_do(words: tuple[str, ...], code: int, sa
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.npz", b"PK\x03\x04 not a zip"),
+        ("rows.csv", b"a,b\n1,two\n"),
+        ("rows.pt", b"\x80\x04cos\nsystem\n."),
+        ("rows.safetensors", b"\xff" * 16),
+    ],
+)
+def test_a_malformed_data_file_is_told_by_name(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, said = run("worker", "--port", "0", "--dataset", f"rows={tmp_path / name}")
+    assert code == 1
+    assert name in said
+    assert "Traceback" not in said
+
+
+def test_an_empty_token_and_certificates_that_are_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("\n")
+    code, said = run("worker", "--token-file", str(tmp_path / "token"))
+    assert (code, "is empty" in said) == (2, True)
+    (tmp_path / "cert.pem").write_text("nonsense")
+    pem = str(tmp_path / "cert.pem")
+    code, said = run("worker", "--tls-cert", pem, "--tls-key", pem)
+    assert code == 1
+    assert "cert.pem" in said
+
+
+def test_a_word_without_a_command_and_no_word_at_all_show_the_help() -> None:
+    code, said = run()
+    assert "worker" in said and "status" in said and "demo" in said
+    assert code in (0, 2)
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [
         ("1048576", 2**20),
@@ -127,6 +161,15 @@ async def test_a_worker_that_does_not_answer_is_told_and_fails(url: str) -> None
     assert "bob" in said
     assert "is a worker running there?" in said
     assert "write ws://host:port" in said
+
+
+async def test_the_status_of_a_locked_worker_needs_its_token() -> None:
+    async with wsfed.Node("bob", token="secret") as node, node.listen() as where:
+        code, said = await status(where)
+        assert (code, "a token is needed" in said) == (1, True)
+        code, said = await status("--token", "secret", "--json", where)
+        assert code == 0
+        assert "secret" not in said
 
 
 def test_the_demo_equals_torch() -> None:

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 import digits
+import start_workers
 import train
 import wsfed
 
@@ -104,3 +105,70 @@ async def test_workers_end_when_the_program_that_started_them_is_killed(tmp_path
             with pytest.raises(wsfed.SessionLost, match="shutting down"):
                 while True:
                     await handle.flush()
+
+
+def start(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "start_workers.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--workers", "0"), "at least one worker"),
+        (("--workers", "2", "--ids", "a", "a"), "2 different names"),
+        (("--workers", "2", "--ports", "0"), "2 ports"),
+        (("--workers", "2", "--data", "one.npz"), "2 files"),
+    ],
+)
+def test_a_wrong_number_of_something_is_told(
+    words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        start_workers.parse(words)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_worker_that_cannot_start_stops_them_all(tmp_path: Path) -> None:
+    np.savez(tmp_path / "good.npz", x=np.ones((3, 2), np.float32))
+    files = [str(tmp_path / "good.npz"), str(tmp_path / "missing.npz")]
+    ended = start("--workers", "2", "--data", *files)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert "missing.npz" in ended.stderr
+    assert "worker-2 did not start" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_worker_that_ends_by_itself_stops_the_others_and_training_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "workers.json"
+    command = [sys.executable, str(SCRIPTS / "start_workers.py"), "--workers", "2"]
+    command += ["--folder", str(tmp_path), "--json-file", str(file)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first, second = json.loads(document(process.stdout))["workers"]
+        os.kill(first["pid"], signal.SIGKILL)
+        assert process.wait(30) == 1
+        assert "a worker ended by itself" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(second["pid"], 0)
+    assert train.main(["--workers-json", str(file), "--out", str(tmp_path)]) == 1
+    assert "is a worker running there?" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("content", [None, "{"], ids=["missing", "malformed"])
+def test_a_file_of_workers_that_is_none_is_told(
+    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "workers.json"
+    if content is not None:
+        file.write_text(content)
+    assert train.main(["--workers-json", str(file)]) == 1
+    assert "start_workers.py writes it" in " ".join(capsys.readouterr().out.split())

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import torch
 
+from wsfed.client.answers import check_tensor, check_value
 from wsfed.client.failures import Failures
 from wsfed.client.transfers import transfer
 from wsfed.errors import (
@@ -46,7 +47,7 @@ from wsfed.protocol.session import (
     Silent,
     State,
 )
-from wsfed.protocol.stream import Delivery, Gate
+from wsfed.protocol.stream import Delivery, Gate, Incoming
 from wsfed.tensors import allocate, incoming, outgoing
 from wsfed.transport.pump import pump
 from wsfed.transport.wire import Wire, WireLost
@@ -59,6 +60,9 @@ _log = logging.getLogger("wsfed.client")
 _DELETES: Final = 32
 #: The first wait before a connection is made again, and the longest, in seconds (full jitter).
 _BACK_OFF: Final = (0.1, 30.0)
+#: Turns of the loop in which a task that waits for this session hears of its end. What waits for
+#: something else is cancelled then; who awaits a cancelled task would take it for their own end.
+_TURNS: Final = 3
 
 
 class Connection(Link):
@@ -102,10 +106,15 @@ class Connection(Link):
         self.received_bytes = self.sent_bytes = 0
         self._open_wire, self._loop, self._token = open_wire, loop, token
         self._reconnect = reconnect
+        #: Between the beginning and the end of a connection.
+        self._is_connected = False
+        #: Whether the connection, or the last one, got as far as a welcome.
+        self._was_live = False
         self._thread = threading.get_ident()
         self._poked = False
         self._ids = itertools.count(1)
-        self._requests: dict[int, tuple[asyncio.Future[Any], Site | None]] = {}
+        #: What is awaited, the user's line, and the code of the command, by the request's number.
+        self._requests: dict[int, tuple[asyncio.Future[Any], Site | None, int]] = {}
         self._released: deque[int] = deque()
         self._names: dict[str, int] = {}
         self._dead: WsfedError | None = None
@@ -128,6 +137,8 @@ class Connection(Link):
         self._die(ConnectionLost(self.url, "it was closed by this program"))
         self.wake.set()
         others = self._tasks - {asyncio.current_task()}
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         for task in others:
             task.cancel()
         if self._main is not None:
@@ -148,26 +159,27 @@ class Connection(Link):
             self._die(ConnectionLost(self.url, f"{type(error).__name__}: {error}"))
 
     async def _keep_connected(self) -> None:
+        attempt = 0
         give_up: float | None = None
-        for attempt in itertools.count():
+        while True:
+            self._was_live = False
             try:
                 wire = await self._open_wire()
             except WireLost as lost:
                 reason = lost.reason
             else:
                 reason = await self._use(wire)
-                if self.session.state is State.DETACHED:
-                    attempt, give_up = 0, None
             if self._dead is not None:
                 return
             now = self._loop.time()
-            if give_up is None:
-                give_up = now + self._reconnect
+            if give_up is None or self._was_live:
+                attempt, give_up = 0, now + self._reconnect
             if self.session.state is State.IDLE or now >= give_up:
                 self._die(ConnectionLost(self.url, reason))
                 return
-            longest = min(_BACK_OFF[1], _BACK_OFF[0] * 2**attempt, give_up - now)
+            longest = min(_BACK_OFF[1], _BACK_OFF[0] * 2 ** min(attempt, 16), give_up - now)
             await asyncio.sleep(random.uniform(0, longest))
+            attempt += 1
 
     async def _use(self, wire: Wire) -> str:
         self.session.hello(
@@ -181,13 +193,11 @@ class Connection(Link):
         self.session.cut(self._loop.time())
         return reason
 
-    _is_connected = False
-
     def _die(self, error: WsfedError) -> None:
         """The session is over: whoever waits is told."""
         if self._dead is None:
             self._dead = error
-        for future, _ in self._requests.values():
+        for future, *_ in self._requests.values():
             if not future.done():
                 future.set_exception(self._dead)
                 future.exception()  # whoever awaits it is told; nobody has to
@@ -274,11 +284,12 @@ class Connection(Link):
         self._alive()
         request = self.new_id()
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._requests[request] = (future, site)
+        command = make(request)
+        self._requests[request] = (future, site, command[0])
         if gate is None:
-            self.issue(make(request), site)
+            self.issue(command, site)
         else:
-            gate.put(make(request))
+            gate.put(command)
         return future
 
     def transfer(self, ids: Sequence[int], to: Link, new_ids: Sequence[int]) -> None:
@@ -392,6 +403,7 @@ class Connection(Link):
                 if not self._requests:
                     self.session.request_ack()
             case Opened(worker, info, resumed):
+                self._was_live = True
                 if not resumed:
                     self._welcomed(worker, info)
             case Lost(reason):
@@ -405,7 +417,11 @@ class Connection(Link):
 
     def _welcomed(self, worker: str, info: Mapping[str, Any]) -> None:
         self.info = {**info, "id": worker}
-        self.device = torch.device(str(info.get("device", "cpu")))
+        try:
+            self.device = torch.device(str(info.get("device", "cpu")))
+        except RuntimeError as error:
+            said = str(error).splitlines()[0][:200]
+            raise RemoteProtocolError("malformed", f"the worker's device is none: {said}") from None
         if not self.opened.done():
             self.opened.set_result(None)
 
@@ -416,12 +432,10 @@ class Connection(Link):
             case m.TensorReply(request, place, requires_grad):
                 if place >= len(delivery.tensors):
                     raise RemoteProtocolError("malformed", "a reply without its tensor")
-                tensor = incoming(delivery.tensors[place])
-                if tensor is None:
-                    self._resolve(request, None, MemoryError("no memory for the tensor"))
-                else:
-                    self._resolve(request, tensor.requires_grad_(requires_grad))
+                self._resolve_tensor(request, delivery.tensors[place], requires_grad)
             case m.ValueReply(request, value):
+                if request in self._requests:
+                    check_value(self._requests[request][2], value)
                 self._resolve(request, value)
             case m.Failed(seq, index, bound, failure):
                 self.failures.add((seq, index), failure, bound=bound, worker=self.worker.id)
@@ -430,8 +444,18 @@ class Connection(Link):
                 error = self.failures.take((seq, index), failure, site, worker=self.worker.id)
                 self._resolve(request, None, error)
 
+    def _resolve_tensor(self, request: int, received: Incoming, requires_grad: bool) -> None:
+        if request not in self._requests:
+            return
+        check_tensor(self._requests[request][2], received.dtype, requires_grad=requires_grad)
+        tensor = incoming(received)
+        if tensor is None:
+            self._resolve(request, None, MemoryError("no memory for the tensor"))
+        else:
+            self._resolve(request, tensor.requires_grad_(requires_grad))
+
     def _resolve(self, request: int, value: Any, error: Exception | None = None) -> None:
-        future, _ = self._requests.pop(request, (None, None))
+        future, *_ = self._requests.pop(request, (None, None, 0))
         if future is None or future.done():
             return
         if error is None or isinstance(error, NotFound):

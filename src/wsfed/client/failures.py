@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +21,8 @@ _CLASSES: Final = {
 }
 #: Failures nobody awaits are forgotten beyond this number, oldest first.
 _MOST: Final = 1000
+#: Instead of a frame's number, for what belongs to no command of the session.
+_LOCAL: Final = -1
 
 
 @dataclass(slots=True)
@@ -52,6 +55,8 @@ class Failures:
     def __init__(self, note: Callable[[int, int], Site | None]) -> None:
         self._note = note
         self._records: dict[tuple[int, int], _Record] = {}
+        #: Type and message of the last failures that objects told of by themselves.
+        self._told: deque[tuple[str, ...]] = deque(maxlen=100)
 
     def add(self, at: tuple[int, int], failure: list[Any], *, bound: bool, worker: str) -> None:
         """A command without a reply failed; ``bound``: awaiting its result will tell, too."""
@@ -61,11 +66,14 @@ class Failures:
 
     def add_local(self, error: Exception) -> None:
         """Something failed that belongs to no command of this session."""
-        failure = ["RemoteError", type(error).__name__, str(error)[:2000], "move", []]
+        failure: list[Any] = ["RemoteError", type(error).__name__, str(error)[:2000], "move", []]
         if isinstance(error, RemoteError):
             name = type(error).__name__
             failure = [name, error.type, error.message, error.op, list(error.shapes)]
-        self._records[-1, len(self._records)] = _Record(failure, None, "", bound=False)
+        if (said := tuple(failure[1:3])) in self._told:
+            self._told.remove(said)
+            return
+        self._records[_LOCAL, len(self._records)] = _Record(failure, None, "", bound=False)
 
     def take(
         self, at: tuple[int, int], failure: list[Any], site: Site | None, *, worker: str
@@ -73,9 +81,22 @@ class Failures:
         """The error of a request, which may have failed because of an earlier command."""
         record = self._records.get(at)
         if record is None:
+            self._told_by_object(failure)
             return _Record(failure, self._note(*at) or site, worker, bound=True).error()
         record.seen = True
         return record.error()
+
+    def _told_by_object(self, failure: list[Any]) -> None:
+        """A transfer may fail with what the object that did not arrive tells, too: once is enough.
+
+        Whether the transfer or the object tells first depends on who is faster.
+        """
+        said = tuple(failure[1:3])
+        for (seq, _), record in self._records.items():
+            if seq == _LOCAL and tuple(record.failure[1:3]) == said:
+                record.seen = True
+                return
+        self._told.append(said)
 
     def next_unbound(self) -> RemoteError | None:
         """The first failure that no awaited result will tell of, once."""

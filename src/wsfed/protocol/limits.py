@@ -106,7 +106,8 @@ HEARTBEAT_SECONDS = 10.0
 #: A peer from which nothing came for so long is lost: four heartbeats.
 SILENCE_SECONDS = 40.0
 
-#: The first message has to come within this time, so that an open port costs little.
+#: The first message has to come within this time, so that an open port costs little; and so has
+#: its answer, so that a client does not wait for a server that is no worker.
 HANDSHAKE_SECONDS = 10.0
 
 #: A session without a connection lives this long (monotonic clock).

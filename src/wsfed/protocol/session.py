@@ -391,14 +391,20 @@ class Session:
     def next_tick(self) -> float | None:
         """When :meth:`tick` has something to do, or ``None``."""
         if self.state in (State.GREETING, State.LIVE, State.RESUMING):
-            return min(self._said + self._heartbeat, self._heard + self._silence)
+            return min(self._said + self._heartbeat, self._heard + self._patience)
         return None
+
+    @property
+    def _patience(self) -> float:
+        """A greeting is answered at once, or by nobody who speaks the protocol."""
+        live = self.state is State.LIVE
+        return self._silence if live else min(self._silence, limits.HANDSHAKE_SECONDS)
 
     def tick(self, now: float) -> list[Event]:
         """Time has passed."""
         if self.next_tick is None:
             return []
-        if now - self._heard >= self._silence:
+        if now - self._heard >= self._patience:
             return [Silent(now - self._heard)]
         if self.state is State.LIVE and now - self._said >= self._heartbeat:
             self._say(messages.Ping())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from wsfed.errors import RemoteError, RemoteProtocolError
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Buffer, Outgoing
-from wsfed.protocol.session import Opened, RefusedByPeer, Role, Session, Silent, State
+from wsfed.protocol.session import Ended, Opened, RefusedByPeer, Role, Session, Silent, State
 from wsfed.protocol.stream import Delivery
 from wsfed.transport.pump import pump
 from wsfed.transport.wire import Wire, WireLost
@@ -61,6 +61,8 @@ class _Carrier:
                     self._replied(event)
                 case RefusedByPeer(_, reason):
                     self.error = WireLost(reason)
+                case Ended(reason):
+                    self.error = RemoteError(reason, type="SessionLost")
                 case Opened():
                     pass
         self.wake.set()

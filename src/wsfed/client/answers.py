@@ -1,0 +1,111 @@
+"""What a worker may answer to each request; anything else breaks the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from wsfed.errors import RemoteProtocolError
+from wsfed.protocol import limits
+from wsfed.protocol import messages as m
+from wsfed.protocol.codec import ITEM_SIZES
+
+__all__ = ["check_tensor", "check_value"]
+
+
+def check_value(command: int, value: Any) -> None:
+    """Whether a request of this code may be answered with this value.
+
+    Raises:
+        RemoteProtocolError: it may not.
+    """
+    if not _VALUES.get(command, _is_never)(value):
+        raise _unfit(command)
+
+
+def check_tensor(command: int, dtype: str, *, requires_grad: bool) -> None:
+    """Whether a request of this code may be answered with such a tensor.
+
+    Raises:
+        RemoteProtocolError: it may not.
+    """
+    floating = "float" in dtype or "complex" in dtype
+    if command != m.Get.code or (requires_grad and not floating):
+        raise _unfit(command)
+
+
+def _unfit(command: int) -> RemoteProtocolError:
+    name = m.BY_CODE[command].__name__
+    return RemoteProtocolError("unfit-answer", f"the answer to a {name} is not one")
+
+
+def _is_never(value: Any) -> bool:
+    return False
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= limits.MAX_ID
+
+
+def _are_sizes(value: Any) -> bool:
+    return type(value) is list and len(value) <= limits.MAX_DIMENSIONS and all(map(_is_size, value))
+
+
+def _is_description(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and type(value.get("dtype")) is str
+        and _are_sizes(value.get("shape"))
+        and (value.get("stride", ...) is None or _are_sizes(value["stride"]))
+        and type(value.get("requires_grad")) is bool
+        and type(value.get("is_leaf")) is bool
+    )
+
+
+def _is_found(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and type(value.get("objects")) is list
+        and all(_is_description(each) and _is_size(each.get("id")) for each in value["objects"])
+        and type(value.get("datasets")) is list
+        and all(type(name) is str for name in value["datasets"])
+    )
+
+
+def _is_dataset(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and type(value.get("name")) is str
+        and _is_size(value.get("rows"))
+        and type(value.get("open")) is bool
+        and type(value.get("fields")) is list
+        and all(_is_field(each, value["rows"]) for each in value["fields"])
+    )
+
+
+def _is_field(value: Any, rows: int) -> bool:
+    return (
+        type(value) is list
+        and len(value) == 3
+        and type(value[0]) is str
+        and value[1] in ITEM_SIZES
+        and _are_sizes(value[2])
+        and value[2][:1] == [rows]
+    )
+
+
+#: What the answer to a command without a tensor has to be, by the command's code.
+_VALUES: Final[Mapping[int, Callable[[Any], bool]]] = MappingProxyType(
+    {
+        m.Describe.code: _is_description,
+        m.Flush.code: _is_nothing,
+        m.Move.code: _is_nothing,
+        m.OpenDataset.code: _is_dataset,
+        m.Search.code: _is_found,
+    }
+)

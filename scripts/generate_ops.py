@@ -61,8 +61,9 @@ ROWS: Final = frozenset(
     """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
     adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices
-    adaptive_max_pool3d adaptive_max_pool3d_with_indices alpha_dropout amax amin aminmax argsort
-    argwhere atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d batch_norm
+    adaptive_max_pool3d adaptive_max_pool3d_with_indices alpha_dropout amax amin aminmax argmax
+    argmin argsort argwhere atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d
+    batch_norm bernoulli multinomial poisson
     bfloat16 bincount block_diag bool broadcast_tensors bucketize byte cartesian_prod cat
     cdouble cfloat chalf channel_shuffle char chunk clone column_stack combinations complex
     concat concatenate constant_pad_nd contiguous copy cpu cross cummax cummin cumprod cumsum

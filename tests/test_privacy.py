@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -85,6 +86,12 @@ TRICKS: dict[str, Callable[[Any, wsfed.Worker], Any]] = {
     "seen through an older view": seen_through_a_view,
     "as a gradient": as_gradient,
     "as data": as_data,
+    "an unreduced loss": lambda x, w: F.mse_loss(x, w.send(torch.zeros(4, 3)), reduction="none"),
+    "a loss unreduced by place": lambda x, w: F.l1_loss(
+        x, w.send(torch.zeros(4, 3)), None, None, "none"
+    ),
+    "drawn by the rows": lambda x, _: torch.bernoulli(x.clamp(0, 1)),
+    "the largest's place": lambda x, _: x.argmax(1),
     "labels": lambda x, _: x,
 }
 
@@ -144,6 +151,35 @@ async def test_an_error_on_private_rows_tells_no_value(clinic: wsfed.VirtualWork
     )
     assert caught.value.type == "IndexError"
     assert caught.value.op == "torch.nn.functional.embedding"
+
+
+async def test_one_error_is_told_of_many_gets_with_the_line_and_nothing_else(
+    clinic: wsfed.VirtualWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = await clinic.dataset("secret")
+    pointers = [data["features"], data["labels"]]
+    layer = nn.Linear(3, 4)
+    clinic.send(layer)
+    with torch.no_grad():
+        layer.weight.copy_(data["features"])
+        layer.bias.copy_(data["features"][:, 0])
+    for value in (pointers, layer):
+        with pytest.raises(wsfed.GetNotPermitted) as caught:
+            await wsfed.get(value)
+        assert __file__ in caught.value.site
+    del value, caught, pointers
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+async def test_a_refused_move_names_worker_and_line(clinic: wsfed.VirtualWorker) -> None:
+    data = await clinic.dataset("secret")
+    async with wsfed.VirtualWorker("other") as other:
+        moved = data["features"].move(other)
+        with pytest.raises(wsfed.GetNotPermitted) as caught:
+            await moved.get()
+    assert caught.value.worker == "clinic"
+    assert __file__ in caught.value.site
 
 
 async def test_a_search_finds_data_sets_by_name_and_gives_no_rows(

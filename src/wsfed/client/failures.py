@@ -28,7 +28,8 @@ _LOCAL: Final = -1
 @dataclass(slots=True)
 class _Record:
     failure: list[Any]
-    site: Site | None
+    #: The user's line; text where another session has described it.
+    site: Site | str | None
     worker: str
     bound: bool
     seen: bool = False
@@ -41,7 +42,7 @@ class _Record:
             op=op,
             shapes=shapes,
             worker=self.worker,
-            site=describe_site(self.site) if self.site is not None else "",
+            site=self.site if isinstance(self.site, str) else describe_site(self.site),
         )
 
 
@@ -66,14 +67,16 @@ class Failures:
 
     def add_local(self, error: Exception) -> None:
         """Something failed that belongs to no command of this session."""
+        site = worker = ""
         failure: list[Any] = ["RemoteError", type(error).__name__, str(error)[:2000], "move", []]
         if isinstance(error, RemoteError):
             name = type(error).__name__
             failure = [name, error.type, error.message, error.op, list(error.shapes)]
+            site, worker = error.site, error.worker
         if (said := tuple(failure[1:3])) in self._told:
             self._told.remove(said)
             return
-        self._records[_LOCAL, len(self._records)] = _Record(failure, None, "", bound=False)
+        self._records[_LOCAL, len(self._records)] = _Record(failure, site, worker, bound=False)
 
     def take(
         self, at: tuple[int, int], failure: list[Any], site: Site | None, *, worker: str

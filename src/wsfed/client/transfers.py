@@ -16,7 +16,7 @@ import torch
 
 from wsfed.client.failures import Failures
 from wsfed.errors import RemoteError
-from wsfed.pointers.site import Site
+from wsfed.pointers.site import Site, capture_site
 from wsfed.protocol import messages as m
 from wsfed.protocol.session import Session as ProtocolSession
 from wsfed.protocol.stream import Gate
@@ -39,7 +39,7 @@ class Session(Protocol):
     def issue(self, command: list[Any], site: Site | None = None) -> None:
         """Queue a command."""
 
-    def ask(self, make: Callable[[int], list[Any]]) -> Awaitable[Any]:
+    def ask(self, make: Callable[[int], list[Any]], site: Site | None = None) -> Awaitable[Any]:
         """Queue a request."""
 
     def fetch(
@@ -59,20 +59,21 @@ def transfer(
         target: the session that gets them.
         names: identifiers there that are not used yet.
     """
+    site = capture_site()
     reachable = source.reachable.get(target.url)
     if reachable is None and not _may_reach(source, target):
         reachable = False
     if reachable is False:
         gate = target.session.sender.put_gate()
-        return _finish(target, names, gate, _values(source, ids))
+        return _finish(target, names, gate, _values(source, ids, site))
     ticket = secrets.token_bytes(16)
     target.issue(m.Receive(list(names), ticket).wire())
     gate = target.session.sender.put_gate()
     moved = source.ask(
-        lambda request: m.Move(request, list(ids), list(names), target.url, ticket).wire()
+        lambda request: m.Move(request, list(ids), list(names), target.url, ticket).wire(), site
     )
     hold = source.session.sender.put_gate() if reachable is None else None
-    return _finish(target, names, gate, _directly(source, ids, target, moved, hold))
+    return _finish(target, names, gate, _directly(source, ids, target, moved, hold, site))
 
 
 def _may_reach(source: Session, target: Session) -> bool:
@@ -111,6 +112,7 @@ async def _directly(
     target: Session,
     moved: Awaitable[None],
     hold: Gate | None,
+    site: Site | None,
 ) -> list[tuple[bool, torch.Tensor]] | None:
     try:
         await moved
@@ -118,7 +120,7 @@ async def _directly(
         if hold is None or error.type != "WireLost":
             raise
         source.reachable[target.url] = False
-        return await _values(source, ids, hold)
+        return await _values(source, ids, site, hold)
     else:
         source.reachable[target.url] = True
         return None
@@ -129,9 +131,9 @@ async def _directly(
 
 
 def _values(
-    source: Session, ids: Sequence[int], hold: Gate | None = None
+    source: Session, ids: Sequence[int], site: Site | None, hold: Gate | None = None
 ) -> Awaitable[list[tuple[bool, torch.Tensor]]]:
-    asked = [source.fetch(id, gate=hold) for id in ids]
+    asked = [source.fetch(id, site, gate=hold) for id in ids]
     if hold is not None:
         hold.is_open = True
         source.wake.set()

@@ -234,9 +234,10 @@ ROWS: Final = """
     torch.Tensor.acosh_ torch.Tensor.add torch.Tensor.add_ torch.Tensor.addcdiv
     torch.Tensor.addcdiv_ torch.Tensor.addcmul torch.Tensor.addcmul_ torch.Tensor.adjoint
     torch.Tensor.amax torch.Tensor.amin torch.Tensor.aminmax torch.Tensor.angle
-    torch.Tensor.argsort torch.Tensor.argwhere torch.Tensor.asin torch.Tensor.asin_
-    torch.Tensor.asinh torch.Tensor.asinh_ torch.Tensor.atan torch.Tensor.atan2
-    torch.Tensor.atan2_ torch.Tensor.atan_ torch.Tensor.atanh torch.Tensor.atanh_
+    torch.Tensor.argmax torch.Tensor.argmin torch.Tensor.argsort torch.Tensor.argwhere
+    torch.Tensor.asin torch.Tensor.asin_ torch.Tensor.asinh torch.Tensor.asinh_
+    torch.Tensor.atan torch.Tensor.atan2 torch.Tensor.atan2_ torch.Tensor.atan_
+    torch.Tensor.atanh torch.Tensor.atanh_ torch.Tensor.bernoulli torch.Tensor.bernoulli_
     torch.Tensor.bfloat16 torch.Tensor.bincount torch.Tensor.bitwise_and
     torch.Tensor.bitwise_and_ torch.Tensor.bitwise_left_shift torch.Tensor.bitwise_left_shift_
     torch.Tensor.bitwise_not torch.Tensor.bitwise_not_ torch.Tensor.bitwise_or
@@ -291,58 +292,59 @@ ROWS: Final = """
     torch.Tensor.masked_select torch.Tensor.max torch.Tensor.maximum torch.Tensor.median
     torch.Tensor.min torch.Tensor.minimum torch.Tensor.mode torch.Tensor.moveaxis
     torch.Tensor.movedim torch.Tensor.msort torch.Tensor.mul torch.Tensor.mul_
-    torch.Tensor.mvlgamma torch.Tensor.mvlgamma_ torch.Tensor.nan_to_num
-    torch.Tensor.nan_to_num_ torch.Tensor.nanmedian torch.Tensor.nanquantile torch.Tensor.narrow
-    torch.Tensor.narrow_copy torch.Tensor.ne torch.Tensor.ne_ torch.Tensor.neg torch.Tensor.neg_
-    torch.Tensor.new_full torch.Tensor.new_tensor torch.Tensor.nextafter torch.Tensor.nextafter_
-    torch.Tensor.nonzero torch.Tensor.outer torch.Tensor.permute torch.Tensor.polygamma
-    torch.Tensor.polygamma_ torch.Tensor.positive torch.Tensor.pow torch.Tensor.pow_
-    torch.Tensor.prelu torch.Tensor.put torch.Tensor.put_ torch.Tensor.quantile
-    torch.Tensor.rad2deg torch.Tensor.rad2deg_ torch.Tensor.ravel torch.Tensor.real.__get__
-    torch.Tensor.real.__set__ torch.Tensor.reciprocal torch.Tensor.reciprocal_ torch.Tensor.relu
-    torch.Tensor.relu_ torch.Tensor.remainder torch.Tensor.remainder_ torch.Tensor.renorm
-    torch.Tensor.renorm_ torch.Tensor.repeat torch.Tensor.repeat_interleave
-    torch.Tensor.requires_grad.__set__ torch.Tensor.reshape torch.Tensor.reshape_as
-    torch.Tensor.resolve_conj torch.Tensor.resolve_neg torch.Tensor.roll torch.Tensor.rot90
-    torch.Tensor.round torch.Tensor.round_ torch.Tensor.rsqrt torch.Tensor.rsqrt_
-    torch.Tensor.scatter torch.Tensor.scatter_ torch.Tensor.scatter_add
-    torch.Tensor.scatter_add_ torch.Tensor.scatter_reduce torch.Tensor.scatter_reduce_
-    torch.Tensor.select torch.Tensor.select_scatter torch.Tensor.sgn torch.Tensor.sgn_
-    torch.Tensor.short torch.Tensor.sigmoid torch.Tensor.sigmoid_ torch.Tensor.sign
-    torch.Tensor.sign_ torch.Tensor.signbit torch.Tensor.sin torch.Tensor.sin_ torch.Tensor.sinc
-    torch.Tensor.sinc_ torch.Tensor.sinh torch.Tensor.sinh_ torch.Tensor.slice_scatter
-    torch.Tensor.softmax torch.Tensor.sort torch.Tensor.split torch.Tensor.split_with_sizes
-    torch.Tensor.sqrt torch.Tensor.sqrt_ torch.Tensor.square torch.Tensor.square_
-    torch.Tensor.squeeze torch.Tensor.squeeze_ torch.Tensor.sub torch.Tensor.sub_
-    torch.Tensor.swapaxes torch.Tensor.swapaxes_ torch.Tensor.swapdims torch.Tensor.swapdims_
-    torch.Tensor.t torch.Tensor.t_ torch.Tensor.take torch.Tensor.take_along_dim
-    torch.Tensor.tan torch.Tensor.tan_ torch.Tensor.tanh torch.Tensor.tanh_
-    torch.Tensor.tensor_split torch.Tensor.tile torch.Tensor.to torch.Tensor.topk
-    torch.Tensor.transpose torch.Tensor.transpose_ torch.Tensor.triangular_solve
-    torch.Tensor.tril torch.Tensor.tril_ torch.Tensor.triu torch.Tensor.triu_
-    torch.Tensor.true_divide torch.Tensor.true_divide_ torch.Tensor.trunc torch.Tensor.trunc_
-    torch.Tensor.type torch.Tensor.type_as torch.Tensor.unbind torch.Tensor.unflatten
-    torch.Tensor.unfold torch.Tensor.unique torch.Tensor.unique_consecutive
-    torch.Tensor.unsafe_chunk torch.Tensor.unsafe_split torch.Tensor.unsafe_split_with_sizes
-    torch.Tensor.unsqueeze torch.Tensor.unsqueeze_ torch.Tensor.view torch.Tensor.view_as
-    torch.Tensor.vsplit torch.Tensor.where torch.Tensor.xlogy torch.Tensor.xlogy_
-    torch.Tensor.zero_ torch._C._nn.pad_sequence torch._foreach_abs torch._foreach_acos
-    torch._foreach_add torch._foreach_addcdiv torch._foreach_addcmul torch._foreach_asin
-    torch._foreach_atan torch._foreach_ceil torch._foreach_clamp_max torch._foreach_clamp_min
-    torch._foreach_clone torch._foreach_cos torch._foreach_cosh torch._foreach_div
-    torch._foreach_erf torch._foreach_erfc torch._foreach_exp torch._foreach_expm1
-    torch._foreach_floor torch._foreach_frac torch._foreach_lerp torch._foreach_lgamma
-    torch._foreach_log torch._foreach_log10 torch._foreach_log1p torch._foreach_log2
-    torch._foreach_max torch._foreach_maximum torch._foreach_minimum torch._foreach_mul
-    torch._foreach_neg torch._foreach_pow torch._foreach_reciprocal torch._foreach_round
-    torch._foreach_rsqrt torch._foreach_sigmoid torch._foreach_sign torch._foreach_sin
-    torch._foreach_sinh torch._foreach_sqrt torch._foreach_sub torch._foreach_tan
-    torch._foreach_tanh torch._foreach_trunc torch._pack_padded_sequence
-    torch._pad_packed_sequence torch.abs torch.acos torch.acosh torch.adaptive_max_pool1d
-    torch.add torch.addcdiv torch.addcmul torch.adjoint torch.alias_copy torch.alpha_dropout
-    torch.amax torch.amin torch.aminmax torch.angle torch.argsort torch.argwhere torch.asin
-    torch.asinh torch.atan torch.atan2 torch.atanh torch.autograd.grad torch.batch_norm
-    torch.bincount torch.bitwise_and torch.bitwise_left_shift torch.bitwise_not torch.bitwise_or
+    torch.Tensor.multinomial torch.Tensor.mvlgamma torch.Tensor.mvlgamma_
+    torch.Tensor.nan_to_num torch.Tensor.nan_to_num_ torch.Tensor.nanmedian
+    torch.Tensor.nanquantile torch.Tensor.narrow torch.Tensor.narrow_copy torch.Tensor.ne
+    torch.Tensor.ne_ torch.Tensor.neg torch.Tensor.neg_ torch.Tensor.new_full
+    torch.Tensor.new_tensor torch.Tensor.nextafter torch.Tensor.nextafter_ torch.Tensor.nonzero
+    torch.Tensor.outer torch.Tensor.permute torch.Tensor.polygamma torch.Tensor.polygamma_
+    torch.Tensor.positive torch.Tensor.pow torch.Tensor.pow_ torch.Tensor.prelu torch.Tensor.put
+    torch.Tensor.put_ torch.Tensor.quantile torch.Tensor.rad2deg torch.Tensor.rad2deg_
+    torch.Tensor.ravel torch.Tensor.real.__get__ torch.Tensor.real.__set__
+    torch.Tensor.reciprocal torch.Tensor.reciprocal_ torch.Tensor.relu torch.Tensor.relu_
+    torch.Tensor.remainder torch.Tensor.remainder_ torch.Tensor.renorm torch.Tensor.renorm_
+    torch.Tensor.repeat torch.Tensor.repeat_interleave torch.Tensor.requires_grad.__set__
+    torch.Tensor.reshape torch.Tensor.reshape_as torch.Tensor.resolve_conj
+    torch.Tensor.resolve_neg torch.Tensor.roll torch.Tensor.rot90 torch.Tensor.round
+    torch.Tensor.round_ torch.Tensor.rsqrt torch.Tensor.rsqrt_ torch.Tensor.scatter
+    torch.Tensor.scatter_ torch.Tensor.scatter_add torch.Tensor.scatter_add_
+    torch.Tensor.scatter_reduce torch.Tensor.scatter_reduce_ torch.Tensor.select
+    torch.Tensor.select_scatter torch.Tensor.sgn torch.Tensor.sgn_ torch.Tensor.short
+    torch.Tensor.sigmoid torch.Tensor.sigmoid_ torch.Tensor.sign torch.Tensor.sign_
+    torch.Tensor.signbit torch.Tensor.sin torch.Tensor.sin_ torch.Tensor.sinc torch.Tensor.sinc_
+    torch.Tensor.sinh torch.Tensor.sinh_ torch.Tensor.slice_scatter torch.Tensor.softmax
+    torch.Tensor.sort torch.Tensor.split torch.Tensor.split_with_sizes torch.Tensor.sqrt
+    torch.Tensor.sqrt_ torch.Tensor.square torch.Tensor.square_ torch.Tensor.squeeze
+    torch.Tensor.squeeze_ torch.Tensor.sub torch.Tensor.sub_ torch.Tensor.swapaxes
+    torch.Tensor.swapaxes_ torch.Tensor.swapdims torch.Tensor.swapdims_ torch.Tensor.t
+    torch.Tensor.t_ torch.Tensor.take torch.Tensor.take_along_dim torch.Tensor.tan
+    torch.Tensor.tan_ torch.Tensor.tanh torch.Tensor.tanh_ torch.Tensor.tensor_split
+    torch.Tensor.tile torch.Tensor.to torch.Tensor.topk torch.Tensor.transpose
+    torch.Tensor.transpose_ torch.Tensor.triangular_solve torch.Tensor.tril torch.Tensor.tril_
+    torch.Tensor.triu torch.Tensor.triu_ torch.Tensor.true_divide torch.Tensor.true_divide_
+    torch.Tensor.trunc torch.Tensor.trunc_ torch.Tensor.type torch.Tensor.type_as
+    torch.Tensor.unbind torch.Tensor.unflatten torch.Tensor.unfold torch.Tensor.unique
+    torch.Tensor.unique_consecutive torch.Tensor.unsafe_chunk torch.Tensor.unsafe_split
+    torch.Tensor.unsafe_split_with_sizes torch.Tensor.unsqueeze torch.Tensor.unsqueeze_
+    torch.Tensor.view torch.Tensor.view_as torch.Tensor.vsplit torch.Tensor.where
+    torch.Tensor.xlogy torch.Tensor.xlogy_ torch.Tensor.zero_ torch._C._nn.pad_sequence
+    torch._foreach_abs torch._foreach_acos torch._foreach_add torch._foreach_addcdiv
+    torch._foreach_addcmul torch._foreach_asin torch._foreach_atan torch._foreach_ceil
+    torch._foreach_clamp_max torch._foreach_clamp_min torch._foreach_clone torch._foreach_cos
+    torch._foreach_cosh torch._foreach_div torch._foreach_erf torch._foreach_erfc
+    torch._foreach_exp torch._foreach_expm1 torch._foreach_floor torch._foreach_frac
+    torch._foreach_lerp torch._foreach_lgamma torch._foreach_log torch._foreach_log10
+    torch._foreach_log1p torch._foreach_log2 torch._foreach_max torch._foreach_maximum
+    torch._foreach_minimum torch._foreach_mul torch._foreach_neg torch._foreach_pow
+    torch._foreach_reciprocal torch._foreach_round torch._foreach_rsqrt torch._foreach_sigmoid
+    torch._foreach_sign torch._foreach_sin torch._foreach_sinh torch._foreach_sqrt
+    torch._foreach_sub torch._foreach_tan torch._foreach_tanh torch._foreach_trunc
+    torch._pack_padded_sequence torch._pad_packed_sequence torch.abs torch.acos torch.acosh
+    torch.adaptive_max_pool1d torch.add torch.addcdiv torch.addcmul torch.adjoint
+    torch.alias_copy torch.alpha_dropout torch.amax torch.amin torch.aminmax torch.angle
+    torch.argmax torch.argmin torch.argsort torch.argwhere torch.asin torch.asinh torch.atan
+    torch.atan2 torch.atanh torch.autograd.grad torch.batch_norm torch.bernoulli torch.bincount
+    torch.bitwise_and torch.bitwise_left_shift torch.bitwise_not torch.bitwise_or
     torch.bitwise_right_shift torch.bitwise_xor torch.broadcast_to torch.bucketize torch.cat
     torch.ceil torch.celu torch.chunk torch.clamp torch.clamp_max torch.clamp_min torch.clip
     torch.clone torch.column_stack torch.combinations torch.complex torch.concat
@@ -376,9 +378,9 @@ ROWS: Final = """
     torch.lu_unpack torch.masked_fill torch.masked_scatter torch.masked_select torch.max
     torch.max_pool1d torch.max_pool1d_with_indices torch.max_pool2d torch.max_pool3d
     torch.maximum torch.median torch.min torch.minimum torch.mode torch.moveaxis torch.movedim
-    torch.msort torch.mul torch.mvlgamma torch.nan_to_num torch.nanmedian torch.nanquantile
-    torch.narrow torch.narrow_copy torch.native_dropout torch.native_group_norm
-    torch.native_layer_norm torch.ne torch.neg torch.nextafter
+    torch.msort torch.mul torch.multinomial torch.mvlgamma torch.nan_to_num torch.nanmedian
+    torch.nanquantile torch.narrow torch.narrow_copy torch.native_dropout
+    torch.native_group_norm torch.native_layer_norm torch.ne torch.neg torch.nextafter
     torch.nn.functional.adaptive_avg_pool1d torch.nn.functional.adaptive_avg_pool2d
     torch.nn.functional.adaptive_avg_pool3d torch.nn.functional.adaptive_max_pool1d
     torch.nn.functional.adaptive_max_pool1d_with_indices torch.nn.functional.adaptive_max_pool2d
@@ -410,8 +412,8 @@ ROWS: Final = """
     torch.nn.functional.tanhshrink torch.nn.functional.threshold torch.nn.functional.unfold
     torch.nn.functional.upsample torch.nn.functional.upsample_bilinear
     torch.nn.functional.upsample_nearest torch.nonzero torch.outer torch.permute
-    torch.permute_copy torch.polar torch.polygamma torch.positive torch.pow torch.put
-    torch.quantile torch.rad2deg torch.ravel torch.real torch.reciprocal torch.relu
+    torch.permute_copy torch.poisson torch.polar torch.polygamma torch.positive torch.pow
+    torch.put torch.quantile torch.rad2deg torch.ravel torch.real torch.reciprocal torch.relu
     torch.remainder torch.renorm torch.repeat_interleave torch.reshape torch.resolve_conj
     torch.resolve_neg torch.rms_norm torch.roll torch.rot90 torch.round torch.row_stack
     torch.rrelu torch.rsqrt torch.rsub torch.scatter torch.scatter_add torch.scatter_reduce

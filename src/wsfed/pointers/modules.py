@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from wsfed.errors import PointerError
 from wsfed.pointers.link import Link, link_of
 from wsfed.pointers.pointer import Pointer, make_sent, transfer
+from wsfed.pointers.site import capture_site
 
 __all__ = ["copy", "get", "move", "send"]
 
@@ -126,18 +127,20 @@ def _get_each(value: Any) -> Any:
     leaves, spec = pytree.tree_flatten(value)
     if not any(isinstance(leaf, Pointer) for leaf in leaves):
         raise TypeError(f"there is no pointer in this {type(value).__name__}")
+    site = capture_site()
     links = [leaf._handle.link for leaf in leaves if isinstance(leaf, Pointer)]
     asked = [
-        leaf._handle.link.fetch(leaf._handle.id) if isinstance(leaf, Pointer) else None
+        leaf._handle.link.fetch(leaf._handle.id, site)
         for leaf in leaves
+        if isinstance(leaf, Pointer)
     ]
 
     async def gather() -> Any:
-        values = [
-            leaf if future is None else await future
-            for leaf, future in zip(leaves, asked, strict=True)
-        ]
-        return pytree.tree_unflatten(values, spec)
+        # All at once: of several failures the first is raised, and no other one is reported lost.
+        values = iter(await asyncio.gather(*asked))
+        return pytree.tree_unflatten(
+            [next(values) if isinstance(leaf, Pointer) else leaf for leaf in leaves], spec
+        )
 
     return links[0].run(gather())
 
@@ -241,7 +244,7 @@ def _parameter(value: torch.Tensor) -> nn.Parameter:
 def _ask_in_place(
     tensors: list[torch.Tensor], grads: bool
 ) -> list[tuple[Pointer, Awaitable[torch.Tensor], Awaitable[torch.Tensor] | None]]:
-    asked = []
+    asked, site = [], capture_site()
     for tensor in tensors:
         if isinstance(tensor, Pointer):
             link = tensor._handle.link
@@ -249,8 +252,8 @@ def _ask_in_place(
             asked.append(
                 (
                     tensor,
-                    link.fetch(tensor._handle.id),
-                    None if grad is None else link.fetch(_pointer(grad)._handle.id),
+                    link.fetch(tensor._handle.id, site),
+                    None if grad is None else link.fetch(_pointer(grad)._handle.id, site),
                 )
             )
     return asked
@@ -264,9 +267,10 @@ def _finish(asked: list[Any], result: Callable[[], Any]) -> Any:
     module = result()
 
     async def bring_home() -> Any:
+        came = iter(await asyncio.gather(*(f for _, *both in asked for f in both if f is not None)))
         values = [
-            (pointer, await value, None if grad is None else await grad)
-            for pointer, value, grad in asked
+            (pointer, next(came), None if grad is None else next(came))
+            for pointer, _, grad in asked
         ]
         with _unlocked(module):
             _check_free([pointer for pointer, *_ in values])
@@ -298,14 +302,15 @@ def _get_state(optimizer: torch.optim.Optimizer) -> Any:
     ]
     if not places:
         raise PointerError("nothing of this optimizer's state is on a worker")
+    site = capture_site()
     asked = [
-        (state, name, state[name]._handle.link.fetch(state[name]._handle.id))
+        (state, name, state[name]._handle.link.fetch(state[name]._handle.id, site))
         for state, name in places
     ]
     link = places[0][0][places[0][1]]._handle.link
 
     async def bring_home() -> torch.optim.Optimizer:
-        values = [await future for *_, future in asked]
+        values = await asyncio.gather(*(future for *_, future in asked))
         for (state, name, _), value in zip(asked, values, strict=True):
             state[name] = value
         return optimizer

@@ -31,7 +31,7 @@ from wsfed.protocol.codec import Outgoing
 from wsfed.protocol.stream import Incoming
 from wsfed.tensors import DTYPE_NAMES, describe, incoming, outgoing
 from wsfed.worker.datasets import Dataset
-from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving
+from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving, holds_rows
 from wsfed.worker.randomness import SessionRandom
 from wsfed.worker.sizes import ResultSizes
 from wsfed.worker.store import Entry, Failure, Poisoned, Store, poison_of
@@ -253,7 +253,7 @@ class Interpreter:
         if size:
             self.store.check_room(size)
         result = self._call(op, args, kwargs, command.mode)
-        self._bind(command.outs, result, labels if op.carries_rows else NO_LABELS)
+        self._bind(command.outs, result, labels if holds_rows(op, result) else NO_LABELS)
         if op.inplace and labels and args and isinstance(args[0], torch.Tensor):
             self.store.label_storage(args[0], labels)
 

@@ -1,18 +1,22 @@
 """What may leave a worker: the owner's rules, not the client's.
 
 Every object carries the names of the private data sets whose *rows* it holds. The names follow
-views, copies, indexing, conversions and element-wise operations (``Op.carries_rows``), and writes
-into other tensors; a labelled object is not for fetching or moving. What is *computed over* rows
-(a reduction, a layer's output, a gradient) carries no label yet: the limits are in the README.
+views, copies, indexing, conversions and element-wise operations (``Op.carries_rows``), losses that
+are not reduced to one number, and writes into other tensors; a labelled object is not for fetching
+or moving. What is *computed over* rows (a reduction, a layer's output, a gradient) carries no label
+yet: the limits are in the README.
 """
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
+
+import torch
 
 from wsfed.errors import GetNotPermitted
+from wsfed.ops.table import Op
 
-__all__ = ["CANNED", "NO_LABELS", "Labels", "check_leaving"]
+__all__ = ["CANNED", "NO_LABELS", "Labels", "check_leaving", "holds_rows"]
 
 #: Names of the private data sets whose rows an object holds.
 Labels: TypeAlias = frozenset[str]
@@ -20,6 +24,29 @@ NO_LABELS: Final[Labels] = frozenset()
 
 #: Instead of an error's own text, which may quote values.
 CANNED: Final = "the operation failed on private data, so its message stays on the worker"
+
+
+def holds_rows(op: Op, result: Any) -> bool:
+    """Whether an operation's result holds rows of its arguments.
+
+    A loss says so by its result: with ``reduction="none"``, or ``reduce=False``, in whatever place
+    it was given, there is a number for each row or element.
+    """
+    word = op.name.rsplit(".", 1)[-1]
+    is_loss = word.endswith("_loss") or word in _LOSSES
+    return op.carries_rows or (is_loss and isinstance(result, torch.Tensor) and result.ndim > 0)
+
+
+#: Losses whose names do not end with the word.
+_LOSSES: Final = frozenset(
+    [
+        "cross_entropy",
+        "linear_cross_entropy",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "kl_div",
+    ]
+)
 
 
 def check_leaving(labels: Labels, what: str) -> None:

@@ -233,6 +233,15 @@ def test_an_idle_side_asks_for_a_sign_of_life_and_silence_is_noticed() -> None:
     assert pair.client.tick(late) == [Silent(limits.SILENCE_SECONDS)]
 
 
+def test_a_greeting_is_to_be_answered_sooner_than_silence_is_noticed() -> None:
+    client = Session(Role.CLIENT, lambda _: None)
+    client.hello(5.0, token=None, ticket=None, client="")
+    client.next_frame(5.0)
+    assert client.tick(5.0 + limits.HANDSHAKE_SECONDS - 1) == []
+    assert client.next_tick == 5.0 + limits.HANDSHAKE_SECONDS
+    assert client.tick(client.next_tick) == [Silent(limits.HANDSHAKE_SECONDS)]
+
+
 def test_cancel_names_the_last_frame_that_was_sent() -> None:
     pair = live_pair()
     put_flushes(pair.client, range(1, 3))

@@ -117,7 +117,9 @@ async def serve(options: argparse.Namespace) -> None:
         for future in (stopped, *dead):
             future.cancel()
         if not stop.is_set():
-            raise WorkerFailed("a worker ended by itself; the others are stopped")
+            codes = {id: each.returncode for id, each in zip(options.ids, processes, strict=True)}
+            ended = [describe_end(id, code) for id, code in codes.items() if code is not None]
+            raise WorkerFailed(f"{' and '.join(ended)}; the others are stopped")
 
 
 def prepare(options: argparse.Namespace) -> tuple[list[str], str | None]:
@@ -169,6 +171,16 @@ async def ready(process: asyncio.subprocess.Process, id: str, file: str) -> dict
     told: dict[str, Any] = json.loads(line)
     rows = told["datasets"][dataset_name(id, file)]["rows"]
     return {"id": id, "url": told["url"], "pid": process.pid, "rows": rows}
+
+
+def describe_end(id: str, code: int) -> str:
+    """How a process that should have gone on has ended."""
+    if code >= 0:
+        return f"{id} ended with exit code {code}"
+    try:
+        return f"{id} was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"{id} was ended by signal {-code}"
 
 
 async def end(process: asyncio.subprocess.Process) -> None:

@@ -279,7 +279,8 @@ def report(
     slowest = float(np.median([each.seconds / max(each.worker_seconds) for each in history]))
     whole = float(np.median([each.seconds / sum(each.worker_seconds) for each in history]))
     console.print(
-        f"a round took {slowest:.2f} of its slowest worker's time, {whole:.2f} of their sum"
+        f"a round took {slowest:.2f} × the time of its slowest worker, "
+        f"{whole:.2f} × what all its workers took together"
     )
 
 

@@ -379,7 +379,7 @@ async def test_a_worker_that_never_resumes_a_session_is_given_up(
     async with serving(closes) as url, wsfed.connect(url, reconnect=0.3) as worker:
         pointer = worker.send(torch.ones(2))
         for asked in (pointer.get(), worker.flush()):
-            with pytest.raises(wsfed.ConnectionLost):
+            with pytest.raises(wsfed.ConnectionLost, match=r"worker '.*' at .* is lost: .* anew$"):
                 await asked
     assert begun > 1
 
@@ -508,3 +508,25 @@ async def test_a_port_in_use_is_said_with_advice(url: str) -> None:
     _, said = await process.communicate()
     assert process.returncode == 1
     assert b"try --port 0" in said
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(3), torch.ones(2, dtype=torch.float64)], ids=["shape", "dtype"]
+)
+async def test_a_tensor_that_is_not_the_one_asked_for_is_a_protocol_error(
+    tensor: torch.Tensor,
+) -> None:
+    async with serving(says(m.TensorReply(2, 0, False), tensors=[outgoing(tensor)])) as url:
+        with pytest.raises(wsfed.RemoteProtocolError, match=r"where a float32\[2\] was asked for"):
+            async with wsfed.connect(url) as worker:
+                await worker.send(torch.ones(2)).get()
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "float33"}, {"stride": None}, {"stride": []}], ids=str)
+async def test_a_description_that_is_none_is_a_protocol_error(wrong: dict[str, Any]) -> None:
+    described = {"dtype": "float32", "shape": [2], "stride": [1]} | wrong
+    described |= {"requires_grad": False, "is_leaf": True, "tags": [], "description": ""}
+    async with serving(says(m.ValueReply(2, described))) as url:
+        with pytest.raises(wsfed.RemoteProtocolError):
+            async with wsfed.connect(url) as worker:
+                await worker.send(torch.ones(2)).resolve()

@@ -145,6 +145,33 @@ def test_tensors_have_the_verbs_of_the_tutorials(
     assert alice.search("#numbers") == []
 
 
+def test_a_worker_shows_and_forgets_what_it_holds(
+    hook: sy.TorchHook, workers: tuple[sy.VirtualWorker, sy.VirtualWorker]
+) -> None:
+    bob, alice = workers
+    assert bob._objects == {}
+    x = torch.tensor([1, 2, 3]).send(bob)
+    assert x.owner == hook.local_worker.id == "me"
+    assert list(bob._objects) == [x.id_at_location]
+    assert torch.equal(bob._objects[x.id_at_location], torch.tensor([1, 2, 3]))
+    doubled = x + x
+    assert len(bob._objects) == 2
+    del doubled
+    assert len(bob._objects) == 1
+    assert alice._objects == {}
+    assert bob.clear_objects() is bob
+    assert bob._objects == {}
+    with pytest.raises(wsfed.NotFound):
+        x.get()
+
+
+def test_one_tensor_goes_to_one_worker(
+    workers: tuple[sy.VirtualWorker, sy.VirtualWorker],
+) -> None:
+    with pytest.raises(TypeError, match="send takes one worker"):
+        torch.ones(1).send(*workers)
+
+
 def test_a_pointer_can_be_sent_on(
     workers: tuple[sy.VirtualWorker, sy.VirtualWorker],
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsfed.errors import LocalProtocolError
+from wsfed.errors import PointerError
 from wsfed.protocol.codec import ITEM_SIZES
 from wsfed.protocol.stream import Incoming
 from wsfed.tensors import DTYPES, allocate, describe, incoming, outgoing
@@ -78,16 +80,21 @@ def test_memory_is_aligned_as_torch_aligns() -> None:
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    ("make", "said"),
     [
-        torch.eye(3).to_sparse(),
-        torch.ones(2, device="meta"),
+        (lambda: torch.eye(3).to_sparse(), "a sparse_coo tensor has no wire form"),
+        (lambda: torch.ones(2, device="meta"), "has no values to send"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+            "a quantised tensor has no wire form",
+        ),
     ],
-    ids=["sparse", "meta"],
+    ids=["sparse", "meta", "quantised"],
 )
-def test_what_has_no_wire_form_is_refused(tensor: torch.Tensor) -> None:
-    with pytest.raises(LocalProtocolError):
-        outgoing(tensor)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor.*deprecated")
+def test_what_has_no_wire_form_is_refused(make: Callable[[], torch.Tensor], said: str) -> None:
+    with pytest.raises(PointerError, match=said):
+        outgoing(make())
 
 
 def test_a_description_shows_no_value() -> None:

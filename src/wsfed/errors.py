@@ -62,11 +62,16 @@ class ConnectionLost(WsfedError):
     Attributes:
         url: where the worker is, or was.
         reason: what the transport said.
+        worker: the worker's id, where it had answered before; ``""`` where it never did.
     """
 
-    def __init__(self, url: str, reason: str) -> None:
-        self.url, self.reason = url, reason
-        super().__init__(f"no connection to {url}: {reason}")
+    def __init__(self, url: str, reason: str, worker: str = "") -> None:
+        self.url, self.reason, self.worker = url, reason, worker
+        what, then = f"no connection to {url}", ""
+        if worker:
+            what = f"the connection to worker {worker!r} at {url} is lost"
+            then = "; what was there is gone with its session: connect again and send it anew"
+        super().__init__(f"{what}: {reason}{then}")
 
 
 class SessionLost(WsfedError):
@@ -194,17 +199,20 @@ class NotCollocated(WsfedError):
 
     Attributes:
         op: the operation.
-        workers: ids of the workers, in the order they were met.
+        workers: ids of the workers, in the order they were met; equal for two sessions on one.
         site: ``file:line`` of the user's code, or ``""``.
     """
 
     def __init__(self, op: str, workers: Sequence[str], site: str = "") -> None:
         self.op, self.workers, self.site = op, tuple(workers), site
         names = " and ".join(repr(name) for name in self.workers)
-        super().__init__(
-            f"{op} needs its tensors on one worker, and they are on {names}; "
-            "move one of them with .move(worker)" + (f" (issued at {site})" if site else "")
-        )
+        where = f"on one worker, and they are on {names}; move one of them with .move(worker)"
+        if len(set(self.workers)) == 1:
+            where = (
+                f"in one session, and they are in two sessions on {self.workers[0]!r}; connect "
+                "once and use that worker for both, or move one of them with .move(worker)"
+            )
+        super().__init__(f"{op} needs its tensors {where}{f' (issued at {site})' if site else ''}")
 
 
 class PointerError(WsfedError, RuntimeError):

@@ -152,6 +152,10 @@ class Node:
             "sessions": len(self._sessions),
         }
 
+    def objects(self) -> list[dict[int, torch.Tensor]]:
+        """The tensors of each session, by identifier: what the owner's own program can see."""
+        return [each.interpreter.store.tensors() for each in self._sessions.values()]
+
     # --- listening ---
 
     @asynccontextmanager

@@ -29,6 +29,8 @@ from wsfed.client.worker import Worker
 from wsfed.errors import PointerError
 from wsfed.pointers import modules
 from wsfed.pointers.pointer import Pointer
+from wsfed.protocol import limits
+from wsfed.protocol import messages as m
 
 __all__ = ["TorchHook", "VirtualWorker", "WebsocketClientWorker"]
 
@@ -57,6 +59,7 @@ class TorchHook:
                 setattr(owner, name, value)
         self._hooked.append(self)
         self.torch = torch
+        self.local_worker = LocalWorker()
 
     def unhook(self) -> None:
         """Take away what was added. May be called twice."""
@@ -74,6 +77,21 @@ class TorchHook:
         self.unhook()
 
 
+class LocalWorker:
+    """This program, as the tutorials name it: ``me = hook.local_worker``.
+
+    Attributes:
+        id: ``"me"``, which is what ``pointer.owner`` says.
+        is_client_worker: tutorials set it; pointers belong to whoever holds them in any case.
+    """
+
+    id = "me"
+    is_client_worker = True
+
+    def __repr__(self) -> str:
+        return "<LocalWorker 'me'>"
+
+
 class VirtualWorker(sync.VirtualWorker):
     """A worker within this process.
 
@@ -85,6 +103,19 @@ class VirtualWorker(sync.VirtualWorker):
     def __init__(self, hook: TorchHook, id: str, **options: Any) -> None:
         _check_hook(hook)
         super().__init__(id, **options)
+
+    @property
+    def _objects(self) -> dict[int, torch.Tensor]:
+        """What the worker holds, by identifier: the tutorials look at it."""
+        self.flush()
+        return {id: tensor for each in self._node.objects() for id, tensor in each.items()}
+
+    def clear_objects(self) -> VirtualWorker:
+        """Delete everything the worker holds; pointers to it are dead."""
+        ids = list(self._objects)
+        for start in range(0, len(ids), limits.MAX_IDS):
+            self.link.issue(m.Delete(ids[start : start + limits.MAX_IDS]).wire())
+        return self
 
 
 def WebsocketClientWorker(  # noqa: N802 - PySyft's name
@@ -124,8 +155,10 @@ def _check_hook(hook: object) -> None:
 # --- what the hook adds --------------------------------------------------------------------------
 
 
-def _send(self: Any, worker: Worker) -> Any:
+def _send(self: Any, worker: Worker, *more: Worker) -> Any:
     """Send to a worker: a tensor gives a pointer, a module is sent in place."""
+    if more:
+        raise TypeError("send takes one worker: write [x.send(worker) for worker in workers]")
     if not isinstance(worker, Worker):
         raise TypeError(f"send takes a worker, not {type(worker).__name__}")
     return worker.send(self)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from wsfed.errors import LocalProtocolError
+from wsfed.errors import PointerError
 from wsfed.protocol.codec import ITEM_SIZES, Outgoing
 from wsfed.protocol.stream import Incoming
 
@@ -51,17 +51,16 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
     """An independent, contiguous copy in the machine's memory, outside autograd.
 
     Raises:
-        LocalProtocolError: layout or dtype has no wire form (sparse, quantised, nested, meta).
+        PointerError: layout or dtype has no wire form (sparse, quantised, nested, meta).
     """
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise LocalProtocolError(
-            "unsendable", f"a {kind} tensor has no wire form; make it dense and strided first"
-        )
+        kind = str(tensor.layout).removeprefix("torch.")
+        kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else kind
+        raise PointerError(f"a {kind} tensor has no wire form; make it dense first")
     if tensor.is_meta:
-        raise LocalProtocolError("unsendable", "a tensor on the meta device has no values to send")
+        raise PointerError("a tensor on the meta device has no values to send")
     if tensor.dtype not in DTYPE_NAMES:
-        raise LocalProtocolError("unsendable", f"{tensor.dtype} has no wire form")
+        raise PointerError(f"{tensor.dtype} has no wire form")
     with torch.no_grad():
         copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         return copy.copy_(tensor.detach())
@@ -71,7 +70,7 @@ def outgoing(tensor: torch.Tensor) -> Outgoing:
     """A snapshot of ``tensor``, ready to be sent.
 
     Raises:
-        LocalProtocolError: the tensor has no wire form.
+        PointerError: the tensor has no wire form.
     """
     copy = snapshot(tensor)
     name = DTYPE_NAMES[copy.dtype]

@@ -360,3 +360,12 @@ async def test_an_answer_that_is_larger_than_a_frame_fails_and_says_so(bob: wsfe
     with pytest.raises(wsfed.RemoteError, match="bytes is above"):
         await bob.search("#all")
     assert torch.equal(await kept[0].get(), torch.ones(1))
+
+
+async def test_a_connection_that_is_not_awaited_says_so(url: str) -> None:
+    connecting = wsfed.connect(url)
+    with pytest.raises(AttributeError, match=r"write worker = await wsfed.connect\(url\)"):
+        connecting.send(torch.ones(1))  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="not Connecting; await it first"):
+        wsfed.send(torch.ones(1), connecting)
+    await (await connecting).close()

@@ -56,8 +56,13 @@ async def test_batches_have_the_shapes_that_their_pointers_say(data: wsfed.Remot
 async def test_wrong_names_and_numbers_are_told(data: wsfed.RemoteDataset) -> None:
     with pytest.raises(wsfed.NotFound, match="it has 'x', 'y'"):
         data["z"]
+    with pytest.raises(wsfed.NotFound, match="no field 'z'; it has 'x', 'y'"):
+        data.batch(3, 0, fields=["z"])
     with pytest.raises(IndexError, match="no batch 9 of 3"):
         data.batch(3, 9)
+    for make in (lambda: data.batch(-1, 0), lambda: data.loader(0)):
+        with pytest.raises(ValueError, match="batch_size has to be at least one row"):
+            make()
     with pytest.raises(ValueError, match="at least one row"):
         data.loader(0)
     async with wsfed.VirtualWorker("empty") as other:

@@ -487,9 +487,23 @@ def test_pointers_on_two_workers_are_not_collocated(
     assert torch.equal((x + y.move(bob)).get(), torch.full((3,), 2.0))
 
 
+async def test_two_sessions_on_one_worker_are_told_apart_from_two_workers() -> None:
+    async with (
+        wsfed.Node("bob") as node,
+        node.listen() as url,
+        wsfed.connect(url) as one,
+        wsfed.connect(url) as other,
+    ):
+        x, y = one.send(torch.ones(3)), other.send(torch.ones(3))
+        with pytest.raises(wsfed.NotCollocated, match="two sessions on 'bob'; connect once"):
+            x + y
+        assert torch.equal(await (x + y.move(one)), torch.full((3,), 2.0))
+
+
 @pytest.mark.parametrize(
     ("call", "why"),
     [
+        (lambda x: x._is_view(), "compile cannot trace"),  # the first thing it asks
         (lambda x: x.data_ptr(), "address"),
         (lambda x: x.untyped_storage(), "address"),
         (lambda x: x.register_hook(print), "code that the client would have to send"),
@@ -500,7 +514,7 @@ def test_pointers_on_two_workers_are_not_collocated(
         (lambda x: x.to_sparse(), "sparse"),
         (lambda x: x.cuda(), "owner chooses the device"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_refused_operation_says_why_and_where(
     call: Callable[[Any], Any], why: str, bob: sync.VirtualWorker
@@ -511,6 +525,11 @@ def test_a_refused_operation_says_why_and_where(
     assert caught.value.op.startswith("torch.")
     assert caught.value.site == f"{__file__}:{call.__code__.co_firstlineno}"
     assert caught.value.site in str(caught.value)
+
+
+def test_transforms_are_refused_by_name(bob: sync.VirtualWorker) -> None:
+    with pytest.raises(wsfed.OpNotAllowed, match=r"torch\.func's transforms"):
+        torch.func.vmap(lambda row: row * 2)(bob.send(torch.ones(3)))
 
 
 def test_an_unknown_operation_is_refused_at_its_line(bob: sync.VirtualWorker) -> None:

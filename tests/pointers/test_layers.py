@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import rnn
 
+import wsfed
 from tests.pointers.oracle import check, check_module
 from wsfed import sync
 
@@ -200,3 +202,52 @@ def test_a_convolutional_network_trains_the_same(bob: sync.VirtualWorker) -> Non
         nn.LogSoftmax(dim=1),
     )
     check_module(bob, network, leaf(3, 1, 8, 8), steps=3)
+
+
+def recurrent(module: nn.Module, lengths: Any, ordered: bool) -> Callable[..., Any]:
+    def call(module: nn.Module, padded: torch.Tensor) -> Any:
+        packed = rnn.pack_padded_sequence(padded, lengths, enforce_sorted=ordered)
+        output, state = module(packed)
+        return rnn.pad_packed_sequence(output), state
+
+    return call
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    ("lengths", "ordered"),
+    [([5, 3, 2], True), (torch.tensor([2, 5, 3]), False)],
+    ids=["sorted", "unsorted"],
+)
+def test_packed_sequences(kind: Any, lengths: Any, ordered: bool, bob: sync.VirtualWorker) -> None:
+    module = kind(4, 6, 2, bidirectional=True)
+    check_module(bob, module, leaf(5, 3, 4), call=recurrent(module, lengths, ordered))
+
+
+def test_sequences_are_packed_and_padded(bob: sync.VirtualWorker) -> None:
+    sequences = [leaf(n, 2, seed=n) for n in (5, 3, 1)]
+    check(bob, lambda *each: rnn.pack_sequence(list(each)).data, *sequences)
+    check(bob, lambda *each: rnn.pad_sequence(list(each), batch_first=True), *sequences)
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 2], [2, 5, 3], [5, 3]], ids=str)
+def test_lengths_that_do_not_fit_are_refused_as_by_torch(
+    lengths: list[int], bob: sync.VirtualWorker
+) -> None:
+    padded = torch.randn(5, 3, 4)
+    with pytest.raises(RuntimeError) as local:
+        rnn.pack_padded_sequence(padded, lengths)
+    with pytest.raises(RuntimeError) as remote:
+        rnn.pack_padded_sequence(bob.send(padded), lengths)
+    assert str(remote.value) == str(local.value)
+
+
+async def test_values_that_are_here_tell_the_shape(carol: wsfed.VirtualWorker) -> None:
+    x = carol.send(torch.arange(6.0).reshape(3, 2))
+    chosen = x[torch.tensor([True, False, True])]
+    assert chosen.shape == (2, 2)
+    assert x[torch.tensor([False, False, True])].shape == (1, 2)
+    assert torch.equal(await chosen, torch.tensor([[0.0, 1.0], [4.0, 5.0]]))
+    repeated = x.repeat_interleave(torch.tensor([1, 2, 0]), 0)
+    assert repeated.shape == (3, 2)
+    assert torch.equal(await repeated, torch.tensor([[0.0, 1.0], [2.0, 3.0], [2.0, 3.0]]))

@@ -183,6 +183,32 @@ def test_what_is_shown_of_a_pointer_holds_no_value(bob: sync.VirtualWorker) -> N
     assert repr(x) == str(x) == f"{x}" == expected
     assert f"{x:>80}" == expected.rjust(80)
     assert f"{x[0, 0]}".startswith("<Pointer bob:")
+    assert f"{x[0, 0]:.3f}" == "7.000"  # asked for, in the blocking world
+
+
+async def test_a_number_in_a_text_is_awaited_first(carol: wsfed.VirtualWorker) -> None:
+    loss = carol.send(torch.tensor(0.25))
+    with pytest.raises(wsfed.ValueNeeded, match=r"format '\.3f' needs the value"):
+        f"{loss:.3f}"
+    assert f"{await loss:.3f}" == "0.250"
+
+
+async def test_what_is_wanted_of_an_unresolved_pointer_is_said(carol: wsfed.VirtualWorker) -> None:
+    x = carol.send(torch.tensor([1.0, -1.0, 2.0]))
+    positive = x[x > 0]
+    for use, said in ((lambda: positive.shape, "shape"), (lambda: len(positive), r"len\(\)")):
+        with pytest.raises(wsfed.ValueNeeded, match=rf"^{said} needs .*await pointer.resolve"):
+            use()
+
+
+def test_a_tensor_beside_another_is_made_of_a_pointer_or_of_what_is_here(
+    bob: sync.VirtualWorker,
+) -> None:
+    x, y = bob.send(torch.ones(2)), bob.send(torch.tensor([1, 2], dtype=torch.int32))
+    made = x.new_tensor(y, requires_grad=True)
+    assert (made.dtype, made.requires_grad, made.is_leaf) == (torch.float32, True, True)
+    assert torch.equal(made.get().detach(), torch.tensor([1.0, 2.0]))
+    assert torch.equal(x.new_tensor([3, 4]).get(), torch.tensor([3.0, 4.0]))
 
 
 def test_a_parameter_shows_no_value(bob: sync.VirtualWorker) -> None:

@@ -155,7 +155,7 @@ def test_a_worker_that_ends_by_itself_stops_the_others_and_training_says_so(
         first, second = json.loads(document(process.stdout))["workers"]
         os.kill(first["pid"], signal.SIGKILL)
         assert process.wait(30) == 1
-        assert "a worker ended by itself" in process.stderr.read()
+        assert "worker-1 was ended by SIGKILL; the others are stopped" in process.stderr.read()
     with pytest.raises(ProcessLookupError):
         os.kill(second["pid"], 0)
     assert train.main(["--workers-json", str(file), "--out", str(tmp_path)]) == 1

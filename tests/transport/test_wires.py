@@ -168,6 +168,16 @@ async def test_health_and_plain_http_are_answered() -> None:
         assert "wsfed.connect(url)" in await ask(host, port, "/")
 
 
+async def test_a_client_of_another_protocol_is_told_which_one_is_spoken() -> None:
+    async def serve(wire: WebSocketWire) -> None:
+        raise AssertionError
+
+    async with listen(serve, host="127.0.0.1", port=0) as (host, port):
+        with pytest.raises(websockets.InvalidStatus) as caught:
+            await websockets.connect(f"ws://{host}:{port}")
+    assert b"it speaks wsfed.1 only" in bytes(caught.value.response.body)
+
+
 def test_loopback_is_known_from_other_addresses() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.9.9.9")))
     assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "example.org", "::")))

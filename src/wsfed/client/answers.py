@@ -7,9 +7,12 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from wsfed.errors import RemoteProtocolError
+from wsfed.pointers.shapes import Meta
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import ITEM_SIZES
+from wsfed.protocol.stream import Incoming
+from wsfed.tensors import DTYPES
 
 __all__ = ["check_tensor", "check_value"]
 
@@ -24,15 +27,23 @@ def check_value(command: int, value: Any) -> None:
         raise _unfit(command)
 
 
-def check_tensor(command: int, dtype: str, *, requires_grad: bool) -> None:
-    """Whether a request of this code may be answered with such a tensor.
+def check_tensor(
+    command: int, received: Incoming, meta: Meta | None, *, requires_grad: bool
+) -> None:
+    """Whether a request of this code, for a tensor like ``meta``, may be answered with this one.
 
     Raises:
         RemoteProtocolError: it may not.
     """
-    floating = "float" in dtype or "complex" in dtype
+    floating = "float" in received.dtype or "complex" in received.dtype
     if command != m.Get.code or (requires_grad and not floating):
         raise _unfit(command)
+    if meta is not None and (received.shape, DTYPES[received.dtype]) != (meta.shape, meta.dtype):
+        raise RemoteProtocolError(
+            "unfit-answer",
+            f"a {received.dtype}{list(received.shape)} came where a "
+            f"{str(meta.dtype).removeprefix('torch.')}{list(meta.shape)} was asked for",
+        )
 
 
 def _unfit(command: int) -> RemoteProtocolError:
@@ -59,9 +70,10 @@ def _are_sizes(value: Any) -> bool:
 def _is_description(value: Any) -> bool:
     return (
         type(value) is dict
-        and type(value.get("dtype")) is str
+        and value.get("dtype") in ITEM_SIZES
         and _are_sizes(value.get("shape"))
-        and (value.get("stride", ...) is None or _are_sizes(value["stride"]))
+        and _are_sizes(value.get("stride"))
+        and len(value["shape"]) == len(value["stride"])
         and type(value.get("requires_grad")) is bool
         and type(value.get("is_leaf")) is bool
     )

@@ -15,6 +15,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -32,6 +33,7 @@ from wsfed.errors import (
     WsfedError,
 )
 from wsfed.pointers.link import Link
+from wsfed.pointers.shapes import Meta
 from wsfed.pointers.site import Site
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
@@ -63,6 +65,16 @@ _BACK_OFF: Final = (0.1, 30.0)
 #: Turns of the loop in which a task that waits for this session hears of its end. What waits for
 #: something else is cancelled then; who awaits a cancelled task would take it for their own end.
 _TURNS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is awaited, for the user's line, by a command of this code, of this kind."""
+
+    future: asyncio.Future[Any]
+    site: Site | None
+    command: int
+    meta: Meta | None
 
 
 class Connection(Link):
@@ -113,8 +125,7 @@ class Connection(Link):
         self._thread = threading.get_ident()
         self._poked = False
         self._ids = itertools.count(1)
-        #: What is awaited, the user's line, and the code of the command, by the request's number.
-        self._requests: dict[int, tuple[asyncio.Future[Any], Site | None, int]] = {}
+        self._requests: dict[int, _Request] = {}
         self._released: deque[int] = deque()
         self._names: dict[str, int] = {}
         self._dead: WsfedError | None = None
@@ -134,7 +145,7 @@ class Connection(Link):
             _log.warning("never awaited: %s", failure)
         if self.session.state is not State.GONE:
             self.session.end("the client is done")
-        self._die(ConnectionLost(self.url, "it was closed by this program"))
+        self._die(self._lost("it was closed by this program"))
         self.wake.set()
         others = self._tasks - {asyncio.current_task()}
         for _ in range(_TURNS):
@@ -156,7 +167,10 @@ class Connection(Link):
             await self._keep_connected()
         except Exception as error:  # whatever it is, nobody may wait for ever
             _log.exception("the connection to %s ended unexpectedly", self.url)
-            self._die(ConnectionLost(self.url, f"{type(error).__name__}: {error}"))
+            self._die(self._lost(f"{type(error).__name__}: {error}"))
+
+    def _lost(self, reason: str) -> ConnectionLost:
+        return ConnectionLost(self.url, reason, self.worker.id if self.info else "")
 
     async def _keep_connected(self) -> None:
         attempt = 0
@@ -175,7 +189,7 @@ class Connection(Link):
             if give_up is None or self._was_live:
                 attempt, give_up = 0, now + self._reconnect
             if self.session.state is State.IDLE or now >= give_up:
-                self._die(ConnectionLost(self.url, reason))
+                self._die(self._lost(reason))
                 return
             longest = min(_BACK_OFF[1], _BACK_OFF[0] * 2 ** min(attempt, 16), give_up - now)
             await asyncio.sleep(random.uniform(0, longest))
@@ -197,10 +211,10 @@ class Connection(Link):
         """The session is over: whoever waits is told."""
         if self._dead is None:
             self._dead = error
-        for future, *_ in self._requests.values():
-            if not future.done():
-                future.set_exception(self._dead)
-                future.exception()  # whoever awaits it is told; nobody has to
+        for request in self._requests.values():
+            if not request.future.done():
+                request.future.set_exception(self._dead)
+                request.future.exception()  # whoever awaits it is told; nobody has to
         self._requests.clear()
         if not self.opened.done():
             self.opened.set_exception(self._dead)
@@ -262,15 +276,21 @@ class Connection(Link):
         self._released.append(id)
 
     def fetch(
-        self, id: int, site: Site | None = None, *, gate: Gate | None = None
+        self,
+        id: int,
+        site: Site | None = None,
+        meta: Meta | None = None,
+        *,
+        gate: Gate | None = None,
     ) -> asyncio.Future[torch.Tensor]:
         """Ask for a value; the request leaves at once, or when ``gate`` opens."""
-        return self.ask(lambda request: m.Get(request, id).wire(), site, gate=gate)
+        return self.ask(lambda request: m.Get(request, id).wire(), site, meta, gate=gate)
 
     def ask(
         self,
         make: Callable[[int], list[Any]],
         site: Site | None = None,
+        meta: Meta | None = None,
         *,
         gate: Gate | None = None,
     ) -> asyncio.Future[Any]:
@@ -279,13 +299,14 @@ class Connection(Link):
         Args:
             make: gives the command for the number of the request.
             site: the user's line, for errors.
+            meta: what the tensor that answers has to be like, where that is known.
             gate: where to queue it, if not at the end.
         """
         self._alive()
         request = self.new_id()
         future: asyncio.Future[Any] = self._loop.create_future()
         command = make(request)
-        self._requests[request] = (future, site, command[0])
+        self._requests[request] = _Request(future, site, command[0], meta)
         if gate is None:
             self.issue(command, site)
         else:
@@ -382,7 +403,7 @@ class Connection(Link):
         else:
             _log.error("a connection broke", exc_info=error)
             self.session.end()
-            self._die(ConnectionLost(self.url, f"{type(error).__name__}: {error}"))
+            self._die(self._lost(f"{type(error).__name__}: {error}"))
 
     def arrived(self, data: Buffer, now: float) -> None:
         """See :class:`~wsfed.transport.pump.End`."""
@@ -435,19 +456,20 @@ class Connection(Link):
                 self._resolve_tensor(request, delivery.tensors[place], requires_grad)
             case m.ValueReply(request, value):
                 if request in self._requests:
-                    check_value(self._requests[request][2], value)
+                    check_value(self._requests[request].command, value)
                 self._resolve(request, value)
             case m.Failed(seq, index, bound, failure):
                 self.failures.add((seq, index), failure, bound=bound, worker=self.worker.id)
             case m.RequestFailed(request, seq, index, failure):
-                site = self._requests[request][1] if request in self._requests else None
+                site = self._requests[request].site if request in self._requests else None
                 error = self.failures.take((seq, index), failure, site, worker=self.worker.id)
                 self._resolve(request, None, error)
 
     def _resolve_tensor(self, request: int, received: Incoming, requires_grad: bool) -> None:
-        if request not in self._requests:
+        asked = self._requests.get(request)
+        if asked is None:
             return
-        check_tensor(self._requests[request][2], received.dtype, requires_grad=requires_grad)
+        check_tensor(asked.command, received, asked.meta, requires_grad=requires_grad)
         tensor = incoming(received)
         if tensor is None:
             self._resolve(request, None, MemoryError("no memory for the tensor"))
@@ -455,16 +477,16 @@ class Connection(Link):
             self._resolve(request, tensor.requires_grad_(requires_grad))
 
     def _resolve(self, request: int, value: Any, error: Exception | None = None) -> None:
-        future, *_ = self._requests.pop(request, (None, None, 0))
-        if future is None or future.done():
+        asked = self._requests.pop(request, None)
+        if asked is None or asked.future.done():
             return
         if error is None or isinstance(error, NotFound):
             # What belongs to no object is told at the next await, whatever that is for.
             error = self.failures.next_unbound() or error
         if error is not None:
-            future.set_exception(error)
+            asked.future.set_exception(error)
         else:
-            future.set_result(value)
+            asked.future.set_result(value)
 
 
 async def _result(asked: Awaitable[Any]) -> Any:

@@ -58,10 +58,13 @@ class RemoteDataset:
         Raises:
             NotFound: there is no such field.
         """
-        if field not in self.fields:
+        return self.batch(max(self.rows, 1), 0, fields=[field])[0]
+
+    def _field(self, name: str) -> Field:
+        if name not in self.fields:
             known = ", ".join(map(repr, self.fields))
-            raise NotFound(f"the data set {self.name!r} has no field {field!r}; it has {known}")
-        return self.batch(self.rows, 0, fields=[field])[0]
+            raise NotFound(f"the data set {self.name!r} has no field {name!r}; it has {known}")
+        return self.fields[name]
 
     def batch(
         self,
@@ -81,13 +84,16 @@ class RemoteDataset:
             fields: names of those that are wanted; by default all, in their order.
 
         Raises:
+            ValueError: a batch of less than one row.
             IndexError: there is no such batch.
+            NotFound: there is no such field.
         """
+        _check_size(batch_size)
         start = index * batch_size
-        if batch_size < 1 or not 0 <= start < max(self.rows, 1):
+        if not 0 <= start < max(self.rows, 1):
             raise IndexError(f"{self.rows} rows have no batch {index} of {batch_size}")
         size = min(batch_size, self.rows - start)
-        wanted = {name: self.fields[name] for name in (self.fields if fields is None else fields)}
+        wanted = {name: self._field(name) for name in (self.fields if fields is None else fields)}
         ids = [self._link.new_id() for _ in wanted]
         command = m.Batch(self.name, list(wanted), ids, seed, batch_size, index)
         self._link.issue(command.wire(), capture_site())
@@ -106,10 +112,17 @@ class RemoteDataset:
             shuffle: a new order each epoch: that of the seed ``seed + epoch``.
             seed: see ``shuffle``.
             drop_last: leave out a last batch that is not full.
+
+        Raises:
+            ValueError: a batch of less than one row.
         """
-        if batch_size < 1:
-            raise ValueError(f"a batch has at least one row, not {batch_size}")
+        _check_size(batch_size)
         return Loader(self, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
+
+
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size has to be at least one row, not {batch_size}")
 
 
 class Loader:

@@ -16,6 +16,7 @@ import torch
 
 from wsfed.client.failures import Failures
 from wsfed.errors import RemoteError
+from wsfed.pointers.shapes import Meta
 from wsfed.pointers.site import Site, capture_site
 from wsfed.protocol import messages as m
 from wsfed.protocol.session import Session as ProtocolSession
@@ -43,7 +44,12 @@ class Session(Protocol):
         """Queue a request."""
 
     def fetch(
-        self, id: int, site: Site | None = None, *, gate: Gate | None = None
+        self,
+        id: int,
+        site: Site | None = None,
+        meta: Meta | None = None,
+        *,
+        gate: Gate | None = None,
     ) -> Awaitable[torch.Tensor]:
         """Ask for a value."""
 

@@ -181,6 +181,11 @@ class Connecting:
     def __await__(self) -> Generator[Any, None, Worker]:
         return self._open().__await__()
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this is no worker yet, so it has no {name!r}: write worker = await wsfed.connect(url)"
+        )
+
     async def _open(self) -> Worker:
         try:
             await asyncio.shield(self._connection.opened)

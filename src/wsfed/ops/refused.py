@@ -123,11 +123,15 @@ _REASONS: Final[tuple[tuple[str, str], ...]] = (
         "it is internal to torch",
         """
         Tensor._autocast_to_full_precision Tensor._autocast_to_reduced_precision
-        Tensor._base.__get__ Tensor._grad.__get__ Tensor._grad_fn.__get__ Tensor._is_view
+        Tensor._base.__get__ Tensor._grad.__get__ Tensor._grad_fn.__get__
         Tensor._version.__get__ Tensor.grad_dtype.__get__ Tensor.hash_tensor Tensor.name.__get__
         Tensor.retains_grad.__get__ Tensor.volatile.__get__ autocast hash_tensor
         nn.functional._sym_int sym_float sym_ite sym_max sym_min sym_not sym_sqrt sym_sum
         """,
+    ),
+    (
+        "torch.compile cannot trace a tensor that is elsewhere; call the module as it is",
+        "Tensor._is_view",
     ),
     (
         "it exists for one vendor's library; use the public operation",

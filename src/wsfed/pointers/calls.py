@@ -14,7 +14,7 @@ from wsfed.ops.arguments import encode
 from wsfed.ops.table import depends_on_floats, lookup, wire_name
 from wsfed.pointers.autograd import Node
 from wsfed.pointers.link import Link
-from wsfed.pointers.shapes import Inferred, Meta, ShapeCache, UnknownShape, meta_of
+from wsfed.pointers.shapes import SHAPING, Inferred, Meta, ShapeCache, UnknownShape, meta_of
 from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.pointers.views import check_write, followed, share, wrote
 from wsfed.protocol import limits
@@ -171,6 +171,7 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             _scan(arg, key, tensors)
     if depends_on_floats(name):
         key.append(_floats((*args, *kwargs.values())))
+    values = _values(SHAPING[name], tensors, key) if name in SHAPING else {}
     site = capture_site()
     link = _one_link(name, tensors, site)
     whole = tuple(key)
@@ -178,10 +179,23 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if inferred is None:
         metas = [_meta(tensor, name) for tensor in tensors]
         try:
-            inferred = _cache.infer(whole, function, args, kwargs, metas)
+            inferred = _cache.infer(whole, function, args, kwargs, metas, values)
         except UnknownShape as unknown:
             return _issue_unresolved(name, args, kwargs, mode, tensors, link, site, str(unknown))
     return _issue(name, args, kwargs, mode, inferred, tensors, link, site)
+
+
+def _values(
+    tells: Callable[[torch.Tensor], bool], tensors: list[Any], key: list[Any]
+) -> dict[int, torch.Tensor]:
+    """The local tensors whose values tell the shape, by place; the values are part of the key."""
+    found = {
+        place: tensor.detach().cpu()
+        for place, tensor in enumerate(tensors)
+        if type(tensor) is not _pointer_class and tells(tensor) and not tensor.is_meta
+    }
+    key += [(place, tuple(tensor.flatten().tolist())) for place, tensor in found.items()]
+    return found
 
 
 def _call_into(
@@ -207,6 +221,8 @@ def _refuse(function: Callable[..., Any]) -> NoReturn:
     if getattr(torch, name, None) is function:
         name = f"torch.{name}"
     why = refused.reason(name) or "no worker knows this operation"
+    if isinstance(function, torch._ops.OpOverload):
+        why = "torch.ops is not carried to workers, nor are torch.func's transforms, which use it"
     raise OpNotAllowed(why, op=name, site=describe_site(capture_site()))
 
 
@@ -248,10 +264,15 @@ def _issue(
     outs: list[int] = []
     results: list[Any] = []
     parents: tuple[Node, ...] | None = None
+    unneeded: list[int] = []
     for out, view in zip(inferred.outs, inferred.views, strict=True):
         if type(out) is int:
             result = tensors[out]
             outs.append(result._handle.id if type(result) is _pointer_class else link.new_id())
+        elif isinstance(out, torch.Tensor):
+            result = out.clone()
+            unneeded.append(link.new_id())
+            outs.append(unneeded[-1])
         else:
             id = link.new_id()
             result = _make(link, id, out)
@@ -264,6 +285,8 @@ def _issue(
             outs.append(id)
         results.append(result)
     _send(name, outs, args, kwargs, mode, link, site)
+    for id in unneeded:
+        link.release(id)
     for place, meta in inferred.changed:
         _change(tensors[place], meta, tensors)
     if written and not mode:
@@ -336,7 +359,10 @@ def _constant(
     name: str, tensor: torch.Tensor, link: Link, made: list[int], site: Site | None
 ) -> int:
     if tensor.is_meta:
-        raise PointerError(f"{name} met a local tensor on the meta device, which has no values")
+        raise PointerError(
+            f"{name} met a local tensor on the meta device, which has no values (torch.tensor(p) "
+            "of a pointer p gives one: write p.clone())"
+        )
     if tensor.requires_grad and torch.is_grad_enabled():
         raise PointerError(
             f"{name} met a local tensor that requires grad and a pointer on "

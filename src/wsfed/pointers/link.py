@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from wsfed.pointers.shapes import Meta
 from wsfed.pointers.site import Site
 
 __all__ = ["Link", "link_of"]
@@ -45,8 +46,10 @@ class Link(Protocol):
     def release(self, id: int) -> None:
         """Nobody holds this object any more. From any thread; never raises."""
 
-    def fetch(self, id: int, site: Site | None = None) -> Awaitable[torch.Tensor]:
-        """Ask for a value; the request leaves at once."""
+    def fetch(
+        self, id: int, site: Site | None = None, meta: Meta | None = None
+    ) -> Awaitable[torch.Tensor]:
+        """Ask for a value; the request leaves at once. What comes has to fit ``meta``."""
 
     def ask(self, make: Callable[[int], list[Any]], site: Site | None = None) -> Awaitable[Any]:
         """Queue a request; ``make`` gives the command for its number."""
@@ -69,6 +72,7 @@ def link_of(worker: Any) -> Link:
     """
     link = getattr(worker, "link", None)
     if link is None:
-        raise TypeError(f"a worker is needed here, not {type(worker).__name__}")
+        advice = "; await it first" if hasattr(worker, "__await__") else ""
+        raise TypeError(f"a worker is needed here, not {type(worker).__name__}{advice}")
     found: Link = link
     return found

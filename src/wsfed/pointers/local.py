@@ -18,12 +18,12 @@ _OFF = torch._C.DisableTorchFunctionSubclass
 _T: Any = torch.Tensor  # its properties are descriptors, which its stubs do not say
 
 
-def _metadata(function: Callable[..., Any]) -> Callable[..., Any]:
+def _metadata(function: Callable[..., Any], wanted: str) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         pointer = args[0] if args else next(iter(kwargs.values()))
         if pointer.__dict__.get("_meta", True) is None:
             raise ValueNeeded(
-                getattr(function, "__name__", "this"),
+                wanted,
                 repr(pointer),
                 "its shape depends on values: write `await pointer.resolve()` first",
             )
@@ -33,9 +33,14 @@ def _metadata(function: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-def _value(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    wanted = name.rsplit(".", 1)[-1].strip("_") + "()"
+def _spoken(name: str) -> str:
+    """A wire name as a program says it: ``torch.Tensor.__len__`` is ``len()``."""
+    if name.endswith(".__get__"):
+        return name.split(".")[-2]
+    return name.rsplit(".", 1)[-1].strip("_") + "()"
 
+
+def _value(function: Callable[..., Any], wanted: str) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         first = next(a for a in (*args, *kwargs.values()) if is_pointer(a))
         if not first._handle.link.blocking:
@@ -122,11 +127,12 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table: dict[Callable[..., Any], Callable[..., Any]] = {}
     for name in refused.LOCAL:
         if (function := _found(name)) is not None:
-            table[function] = _metadata(function)
-    for space in ("torch", "torch.Tensor"):
-        for word in _VALUES:
-            if (function := _found(f"{space}.{word}")) is not None:
-                table[function] = _value(function, word)
+            table[function] = _metadata(function, _spoken(name))
+    for name in [f"{space}.{word}" for space in ("torch", "torch.Tensor") for word in _VALUES]:
+        if (function := _found(name)) is not None:
+            table[function] = _value(function, _spoken(name))
+    for word in _FACTORIES:
+        table[getattr(torch, word)] = _value(getattr(torch, word), f"torch.{word}()")
     for kind in ("cpu", "cuda", "xpu", "mps", "meta", "mtia", "ipu", "maia", "vulkan", "xla"):
         attribute = getattr(_T, f"is_{kind}", None)
         if attribute is not None:
@@ -179,6 +185,12 @@ _VALUES: Final = frozenset(
         "__contains__",
         "__array__",
     ]
+)
+#: What makes a tensor of numbers: a pointer among them is a number that is needed here.
+_FACTORIES: Final = (
+    *("arange", "bartlett_window", "blackman_window", "hamming_window", "hann_window"),
+    *("kaiser_window", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm"),
+    *("range", "tril_indices", "triu_indices", "zeros"),
 )
 #: Answered without a command, by torch's function.
 LOCAL: Final = _build()

@@ -129,11 +129,7 @@ def _get_each(value: Any) -> Any:
         raise TypeError(f"there is no pointer in this {type(value).__name__}")
     site = capture_site()
     links = [leaf._handle.link for leaf in leaves if isinstance(leaf, Pointer)]
-    asked = [
-        leaf._handle.link.fetch(leaf._handle.id, site)
-        for leaf in leaves
-        if isinstance(leaf, Pointer)
-    ]
+    asked = [leaf._fetch(site) for leaf in leaves if isinstance(leaf, Pointer)]
 
     async def gather() -> Any:
         # All at once: of several failures the first is raised, and no other one is reported lost.
@@ -247,13 +243,12 @@ def _ask_in_place(
     asked, site = [], capture_site()
     for tensor in tensors:
         if isinstance(tensor, Pointer):
-            link = tensor._handle.link
             grad = tensor.grad if grads else None
             asked.append(
                 (
                     tensor,
-                    link.fetch(tensor._handle.id, site),
-                    None if grad is None else link.fetch(_pointer(grad)._handle.id, site),
+                    tensor._fetch(site),
+                    None if grad is None else _pointer(grad)._fetch(site),
                 )
             )
     return asked
@@ -303,10 +298,7 @@ def _get_state(optimizer: torch.optim.Optimizer) -> Any:
     if not places:
         raise PointerError("nothing of this optimizer's state is on a worker")
     site = capture_site()
-    asked = [
-        (state, name, state[name]._handle.link.fetch(state[name]._handle.id, site))
-        for state, name in places
-    ]
+    asked = [(state, name, state[name]._fetch(site)) for state, name in places]
     link = places[0][0][places[0][1]]._handle.link
 
     async def bring_home() -> torch.optim.Optimizer:

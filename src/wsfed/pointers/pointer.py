@@ -6,19 +6,19 @@ on it becomes one command to its worker (:mod:`wsfed.pointers.calls`), and gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any, Final
 
 import torch
 
-from wsfed.errors import NotCollocated, PointerError
+from wsfed.errors import NotCollocated, PointerError, ValueNeeded
 from wsfed.pointers import calls
 from wsfed.pointers.autograd import Node, mark
 from wsfed.pointers.handle import Handle
 from wsfed.pointers.link import Link, link_of
 from wsfed.pointers.local import LOCAL
 from wsfed.pointers.shapes import Meta, intern_meta
-from wsfed.pointers.site import capture_site, describe_site
+from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.pointers.views import followed, node_of
 from wsfed.protocol import messages as m
 from wsfed.protocol.values import REF
@@ -85,8 +85,12 @@ class Pointer(torch.Tensor):
             GetNotPermitted: it holds rows of a private data set.
             ConnectionLost, SessionLost: the worker is gone.
         """
-        link = self._handle.link
-        return link.settle(link.fetch(self._handle.id, capture_site()))
+        return self._handle.link.settle(self._fetch(capture_site()))
+
+    def _fetch(self, site: Site | None) -> Awaitable[torch.Tensor]:
+        state = self.__dict__
+        meta = followed(state) if "_view_of" in state else state["_meta"]
+        return self._handle.link.fetch(self._handle.id, site, meta)
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         if self._handle.link.blocking:
@@ -271,7 +275,12 @@ class Pointer(torch.Tensor):
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
+        meta = self.__dict__["_meta"]
+        if not spec or meta is None or meta.shape:
+            return format(repr(self), spec)
+        if not self._handle.link.blocking:
+            raise ValueNeeded(f"format {spec!r}", repr(self))
+        return format(self.get().detach(), spec)
 
     def __hash__(self) -> int:
         return id(self)
@@ -298,7 +307,10 @@ class Pointer(torch.Tensor):
     def new_tensor(  # type: ignore[override]
         self, data: Any, *, dtype: torch.dtype | None = None, requires_grad: bool = False, **_: Any
     ) -> Pointer:
-        """A tensor of this dtype beside this one, of data that is here."""
+        """A tensor of this dtype beside this one, of data that is here or of a pointer."""
+        if isinstance(data, Pointer):
+            beside: Any = data.detach().to(dtype or self._known().dtype, copy=True)
+            return beside.requires_grad_(requires_grad)  # type: ignore[no-any-return]
         made = torch.tensor(data, dtype=dtype or self._known().dtype, requires_grad=requires_grad)
         return make_sent(self._handle.link, made)
 

@@ -9,14 +9,15 @@ optimizer), unless the shape depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["Inferred", "Meta", "ShapeCache", "UnknownShape", "intern_meta", "meta_of"]
+__all__ = ["SHAPING", "Inferred", "Meta", "ShapeCache", "UnknownShape", "intern_meta", "meta_of"]
 
 _OFF = torch._C.DisableTorchFunctionSubclass
 #: Distinct calls and distinct metadata that are remembered; a training loop has hundreds.
@@ -74,14 +75,15 @@ class Inferred:
     """What a call gives.
 
     Attributes:
-        outs: for each tensor of the result: its metadata, or the place of the argument it is.
+        outs: for each tensor of the result: its metadata, the place of the argument it is, or
+            the tensor itself where local values tell it.
         views: for each of them: the place of the argument whose memory it shares, or -1.
         changed: arguments whose metadata is another afterwards, by place.
         written: places of the arguments that are written to.
         spec: how the result is built of its tensors; ``None`` for a single one.
     """
 
-    outs: tuple[Meta | int, ...]
+    outs: tuple[Meta | int | torch.Tensor, ...]
     views: tuple[int, ...]
     changed: tuple[tuple[int, Meta], ...]
     written: tuple[int, ...]
@@ -101,6 +103,22 @@ class Inferred:
 _TENSOR: Final = object()
 
 
+#: Whether the values of a local tensor tell the shape, by the operation it is given to.
+SHAPING: Final[Mapping[str, Callable[[torch.Tensor], bool]]] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                *("torch._pack_padded_sequence", "torch._pad_packed_sequence"),
+                *("torch.lstm", "torch.gru", "torch.rnn_tanh", "torch.rnn_relu"),
+                *("torch.repeat_interleave", "torch.Tensor.repeat_interleave"),
+            ),
+            lambda tensor: tensor.dtype is torch.int64,
+        ),
+        "torch.Tensor.__getitem__": lambda tensor: tensor.dtype in (torch.bool, torch.uint8),
+    }
+)
+
+
 class ShapeCache:
     """Calls that were inferred."""
 
@@ -118,6 +136,7 @@ class ShapeCache:
         args: Sequence[Any],
         kwargs: dict[str, Any],
         metas: Sequence[Meta],
+        values: Mapping[int, torch.Tensor] = MappingProxyType({}),
     ) -> Inferred:
         """Run the meta kernel and remember what it gives.
 
@@ -127,12 +146,13 @@ class ShapeCache:
             args: with tensors in their places.
             kwargs: likewise.
             metas: of the tensors, in the order in which they are met.
+            values: local tensors whose values tell the shape, by their place among these.
 
         Raises:
             UnknownShape: the shape depends on values.
             Exception: torch's own, for a wrong call.
         """
-        shadows = [_shadow(meta) for meta in metas]
+        shadows = [values.get(place, _shadow(meta)) for place, meta in enumerate(metas)]
         inferred = _infer(function, args, kwargs, shadows, metas)
         if len(self._known) >= _MOST:
             self._known.clear()
@@ -154,6 +174,8 @@ def _infer(
         # Some of torch's functions look at values without saying NotImplemented.
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             raise UnknownShape(str(error)) from None
+        if any(not shadow.is_meta for shadow in shadows):
+            raise  # the values of others, which are not here, would make another error
         raise (_usual_error(function, args, kwargs, metas) or error) from None
     with _OFF():
         written = (at for at, old in enumerate(versions) if _version(shadows[at]) != old)
@@ -178,6 +200,8 @@ def _run(
     }
     if function is torch.Tensor.to:
         own_args[1:] = [device if isinstance(arg, str) else arg for arg in own_args[1:]]
+    elif function is torch.full_like and len(own_args) > 1:
+        own_args[1] = _number("fill_value", own_args[1])
     with _OFF():
         return function(*own_args, **own_kwargs)
 
@@ -187,7 +211,7 @@ def _number(name: str, value: Any) -> Any:
 
     No shape depends on them. torch's L-BFGS computes them, and the worker reads them.
     """
-    if name not in ("alpha", "beta", "value") or not isinstance(value, torch.Tensor):
+    if name not in ("alpha", "beta", "value", "fill_value") or not isinstance(value, torch.Tensor):
         return value
     if value.ndim or value.requires_grad:
         return value
@@ -240,7 +264,7 @@ def _read(
     roots = {id(_root(shadow)): place for place, shadow in reversed(list(enumerate(shadows)))}
     single = isinstance(result, torch.Tensor)
     return Inferred(
-        outs=tuple(places.get(id(t), meta_of(t)) for t in tensors),
+        outs=tuple(places.get(id(t), meta_of(t) if t.is_meta else t) for t in tensors),
         views=tuple(roots.get(id(_root(t)), -1) if t._is_view() else -1 for t in tensors),
         changed=tuple(
             (place, after)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import connect as open_websocket
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed, NegotiationError, WebSocketException
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -160,6 +160,11 @@ async def listen(
         OSError: the address cannot be bound.
     """
 
+    def choose(socket: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol:
+        if SUBPROTOCOL not in offered:
+            raise NegotiationError(f"this is a wsfed worker: it speaks {SUBPROTOCOL} only")
+        return Subprotocol(SUBPROTOCOL)
+
     async def handle(socket: ServerConnection) -> None:
         await serve_wire(WebSocketWire(socket))
 
@@ -177,6 +182,7 @@ async def listen(
         port,
         ssl=ssl,
         subprotocols=[Subprotocol(SUBPROTOCOL)],
+        select_subprotocol=choose,
         process_request=answer_http,
         open_timeout=limits.HANDSHAKE_SECONDS,
         server_header=None,

@@ -274,6 +274,9 @@ class Interpreter:
             leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if len(leaves) != len(outs):
             raise OpNotAllowed(f"it gave {len(leaves)} tensors where {len(outs)} were expected")
+        for leaf in leaves:
+            if leaf.layout is not torch.strided or leaf.dtype not in DTYPE_NAMES:
+                raise OpNotAllowed(f"its result ({leaf.dtype}, {leaf.layout}) has no wire form")
         for id, leaf in zip(outs, leaves, strict=True):
             self.store.put(id, leaf, labels)
 
@@ -373,9 +376,9 @@ def _results(command: m.Message) -> list[int]:
 
 def _description(tensor: torch.Tensor, entry: Entry) -> dict[str, Any]:
     return {
-        "dtype": DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),
+        "dtype": DTYPE_NAMES[tensor.dtype],
         "shape": list(tensor.shape),
-        "stride": list(tensor.stride()) if tensor.layout is torch.strided else None,
+        "stride": list(tensor.stride()),
         "requires_grad": tensor.requires_grad,
         "is_leaf": tensor.is_leaf,
         "tags": entry.tags,

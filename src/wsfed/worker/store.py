@@ -98,6 +98,11 @@ class Store:
         assert isinstance(value, torch.Tensor)
         return value
 
+    def tensors(self) -> dict[int, torch.Tensor]:
+        """Every tensor there is now, by identifier; for any thread."""
+        entries = list(self._entries.items())
+        return {id: e.value for id, e in entries if isinstance(e.value, torch.Tensor)}
+
     def tagged(self, tags: Sequence[str]) -> Iterator[tuple[int, Entry, torch.Tensor]]:
         """Objects that carry all of ``tags`` and at least one tag."""
         for id, entry in self._entries.items():

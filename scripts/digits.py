@@ -36,6 +36,18 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, images=self.images, labels=self.labels)
 
+    @classmethod
+    def load(cls, path: Path) -> Rows:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            KeyError: an array is missing.
+            OSError: there is no such file, or it cannot be read.
+            ValueError: it is no ``.npz``.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            return cls(file["images"], file["labels"])
+
 
 def load(seed: int = 0) -> tuple[Rows, Rows]:
     """Training rows and held-out rows."""

@@ -52,7 +52,7 @@ ALSO: Final = frozenset(
     autograd.grad fill mm nn.functional.hardsigmoid nn.functional.hardswish
     nn.functional.sigmoid nn.functional.tanh nn.functional.upsample
     nn.functional.upsample_bilinear nn.functional.upsample_nearest normal rand_like randint_like
-    randn_like vander
+    randn_like vander zero_
     """.split()  # noqa: SIM905
 ) | frozenset(name for name in dir(torch) if name.startswith("_foreach_"))
 

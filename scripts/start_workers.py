@@ -46,7 +46,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workers", type=int, default=4, help="how many (default 4)")
+    parser.add_argument(
+        "--workers", type=int, help="how many (default as many as names, ports or files, else 4)"
+    )
     parser.add_argument("--ids", nargs="*", help="their names (default worker-1, worker-2, …)")
     parser.add_argument(
         "--ports", nargs="*", type=int, help="their ports (default 0 for each: any free one)"
@@ -58,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="'digits' (scikit-learn's, cut into parts), or one file for each worker",
     )
+    parser.add_argument("--dataset", default="data", help="what workers call their file (data)")
     parser.add_argument("--split", choices=("iid", "label"), default="iid", help="of the digits")
     parser.add_argument(
         "--folder",
@@ -69,7 +72,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json-file", type=Path, help="write the JSON there, too")
     parser.add_argument("--until-eof", action="store_true", help="stop when stdin is closed")
     options = parser.parse_args(argv)
+    own = options.data != ["digits"]
+    counts = [len(given) for given in (options.ids, options.ports, own and options.data) if given]
+    if options.workers is None:
+        options.workers = counts[0] if counts else 4
     count = options.workers
+    options.dataset = options.dataset if own else "digits"
     options.ids = options.ids or [f"worker-{number + 1}" for number in range(count)]
     options.ports = options.ports or [0] * count
     if count < 1:
@@ -78,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--ids has to give {count} different names")
     if len(options.ports) != count:
         parser.error(f"--ports has to give {count} ports")
-    if options.data != ["digits"] and len(options.data) != count:
+    if own and len(options.data) != count:
         parser.error(f"--data has to give {count} files, one for each worker")
     return options
 
@@ -95,17 +103,17 @@ async def serve(options: argparse.Namespace) -> None:
     async with AsyncExitStack() as stack:
         processes = []
         for id, port, file in zip(options.ids, options.ports, files, strict=True):
-            process = await spawn(id, port, file, options.threads)
+            process = await spawn(id, port, f"{options.dataset}={file}", options.threads)
             stack.push_async_callback(end, process)
             processes.append(process)
         workers = [
-            await ready(process, id, file)
-            for process, id, file in zip(processes, options.ids, files, strict=True)
+            await ready(process, id, options.dataset)
+            for process, id in zip(processes, options.ids, strict=True)
         ]
         tell(
             {
                 "workers": workers,
-                "dataset": dataset_name(options.ids[0], files[0]),
+                "dataset": options.dataset,
                 "split": options.split if test else None,
                 "test": test,
             },
@@ -139,11 +147,11 @@ def prepare(options: argparse.Namespace) -> tuple[list[str], str | None]:
     return files, str(folder / "test.npz")
 
 
-async def spawn(id: str, port: int, file: str, threads: int) -> asyncio.subprocess.Process:
+async def spawn(id: str, port: int, dataset: str, threads: int) -> asyncio.subprocess.Process:
     """Start a worker process; what it has to say of errors goes to this program's stderr."""
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "wsfed", "worker", "--json", "--id", id, "--port", str(port)),
-        *("--dataset", f"{dataset_name(id, file)}={file}", "--threads", str(threads)),
+        *("--dataset", dataset, "--threads", str(threads)),
         # Should this program be killed, its workers see the end of their input, and end.
         "--until-eof",
         stdin=asyncio.subprocess.PIPE,
@@ -153,12 +161,7 @@ async def spawn(id: str, port: int, file: str, threads: int) -> asyncio.subproce
     )
 
 
-def dataset_name(id: str, file: str) -> str:
-    """What a worker calls its part: ``digits``, or the name of the file."""
-    return "digits" if Path(file).stem == id else Path(file).stem
-
-
-async def ready(process: asyncio.subprocess.Process, id: str, file: str) -> dict[str, Any]:
+async def ready(process: asyncio.subprocess.Process, id: str, dataset: str) -> dict[str, Any]:
     """Wait until a worker has told where it is."""
     assert process.stdout is not None
     try:
@@ -169,7 +172,7 @@ async def ready(process: asyncio.subprocess.Process, id: str, file: str) -> dict
     if not line:
         raise WorkerFailed(f"{id} did not start; its message is above")
     told: dict[str, Any] = json.loads(line)
-    rows = told["datasets"][dataset_name(id, file)]["rows"]
+    rows = told["datasets"][dataset]["rows"]
     return {"id": id, "url": told["url"], "pid": process.pid, "rows": rows}
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import save_file
@@ -50,7 +51,8 @@ class Round:
 
     round: int
     loss: float
-    accuracy: float
+    #: On held-out rows; ``None`` where there are none.
+    accuracy: float | None
     seconds: float
     #: From the first command to the last loss, per worker.
     worker_seconds: tuple[float, ...]
@@ -177,8 +179,10 @@ def centralised(rows: digits.Rows, options: argparse.Namespace) -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy_of(model: nn.Module, rows: digits.Rows) -> float:
+def accuracy_of(model: nn.Module, rows: digits.Rows | None) -> float | None:
     """The share of held-out rows that the model gets right."""
+    if rows is None:
+        return None
     model.eval()
     guesses = model(torch.from_numpy(rows.images)).argmax(1)
     model.train()
@@ -188,11 +192,18 @@ def accuracy_of(model: nn.Module, rows: digits.Rows) -> float:
 # --- the program ---------------------------------------------------------------------------------
 
 
+class TrainingFailed(Exception):
+    """Training came to an early end; the text says why."""
+
+
 async def run(
-    started: dict[str, Any], model: nn.Module, options: argparse.Namespace, console: Console
-) -> list[Round]:
-    """Connect to the workers and train over them."""
-    _, test = digits.load()
+    started: dict[str, Any],
+    model: nn.Module,
+    history: list[Round],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Connect to the workers and train over them; rounds are added to ``history``."""
     schedule = {"sequential": sequential, "concurrent": concurrent}[options.schedule]
     async with AsyncExitStack() as stack:
         sites = [
@@ -201,8 +212,33 @@ async def run(
         ]
         shown = ", ".join(f"{site.worker.id} ({len(site.dataset)} rows)" for site in sites)
         console.print(f"{options.schedule} training of the {options.model} over {shown}")
-        rounds = schedule(model, sites, options)
-        return await follow(rounds, model, sites, test, options, console)
+        for site in sites:
+            check_rows(site)
+        try:
+            rounds = schedule(model, sites, options)
+            await follow(rounds, model, sites, history, options, console)
+        except* wsfed.WsfedError as group:
+            raise TrainingFailed(await why_failed(sites, group.exceptions[0])) from None
+
+
+def check_rows(site: Site) -> None:
+    """Whether the models here can be trained on these rows."""
+    (_, images), (_, labels), *_ = [*site.dataset.fields.items(), *[("", None)] * 2]
+    if images is None or labels is None:
+        raise TrainingFailed(f"{site.dataset!r} has no two fields, images and labels")
+    if images.shape[1:] != (1, 8, 8) or labels.shape[1:] or labels.dtype is not torch.int64:
+        raise TrainingFailed(
+            f"{site.dataset!r}: images have to be of 1 x 8 x 8 and labels whole numbers, "
+            f"not {list(images.shape[1:])} and {labels.dtype}{list(labels.shape[1:])}"
+        )
+
+
+async def why_failed(sites: Sequence[Site], first: BaseException) -> str:
+    """The workers that were lost; one that was told to end because of another is not the cause."""
+    asked = [site.worker.flush() for site in sites if not site.worker.closed]
+    errors = [first, *await asyncio.gather(*asked, return_exceptions=True)]
+    lost = [each for each in errors if isinstance(each, wsfed.ConnectionLost)]
+    return "\n".join(dict.fromkeys(str(each) for each in lost or [first]))
 
 
 async def open_site(
@@ -223,12 +259,11 @@ async def follow(
     rounds: AsyncIterator[tuple[float, tuple[float, ...]]],
     model: nn.Module,
     sites: Sequence[Site],
-    test: digits.Rows,
+    history: list[Round],
     options: argparse.Namespace,
     console: Console,
-) -> list[Round]:
+) -> None:
     """Go through the rounds with a progress bar."""
-    history: list[Round] = []
     columns = (
         TextColumn("round {task.completed}/{task.total}"),
         BarColumn(),
@@ -243,7 +278,7 @@ async def follow(
             this = Round(
                 len(history) + 1,
                 loss,
-                accuracy_of(model, test),
+                accuracy_of(model, options.test),
                 now - begun,
                 seconds,
                 after[0] - before[0],
@@ -251,12 +286,16 @@ async def follow(
             )
             history.append(this)
             state = (
-                f"loss {loss:.4f}  accuracy {this.accuracy:.4f}  "
+                f"loss {loss:.4f}  accuracy {shown(this.accuracy)}  "
                 f"{(this.bytes_up + this.bytes_down) / 1e6:.2f} MB a round"
             )
             progress.update(task, advance=1, state=state)
             begun, before = time.perf_counter(), after
-    return history
+
+
+def shown(accuracy: float | None) -> str:
+    """An accuracy as text."""
+    return "-" if accuracy is None else f"{accuracy:.4f}"
 
 
 def traffic(sites: Sequence[Site]) -> tuple[int, int]:
@@ -266,15 +305,19 @@ def traffic(sites: Sequence[Site]) -> tuple[int, int]:
 
 
 def report(
-    history: Sequence[Round], baseline: float, options: argparse.Namespace, console: Console
+    history: Sequence[Round],
+    baseline: float | None,
+    options: argparse.Namespace,
+    console: Console,
 ) -> None:
-    """The result, beside centralised training."""
+    """The result, beside centralised training where there was any."""
     last, seconds = history[-1], [each.seconds for each in history]
-    table = Table(title="held-out digits")
+    table = Table(title="held-out rows" if options.test else "no held-out rows (give --test FILE)")
     for column in ("training", "accuracy", "seconds a round"):
         table.add_column(column)
-    table.add_row(options.schedule, f"{last.accuracy:.4f}", f"{np.median(seconds):.3f}")
-    table.add_row("centralised", f"{baseline:.4f}", "")
+    table.add_row(options.schedule, shown(last.accuracy), f"{np.median(seconds):.3f}")
+    if baseline is not None:
+        table.add_row("centralised", shown(baseline), "")
     console.print(table)
     slowest = float(np.median([each.seconds / max(each.worker_seconds) for each in history]))
     whole = float(np.median([each.seconds / sum(each.worker_seconds) for each in history]))
@@ -284,13 +327,10 @@ def report(
     )
 
 
-def save(
-    model: nn.Module, history: Sequence[Round], options: argparse.Namespace, console: Console
-) -> None:
-    """Model, metrics and plot."""
+def save(history: Sequence[Round], options: argparse.Namespace, console: Console) -> None:
+    """Metrics and plot."""
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / options.schedule
-    save_file(model.state_dict(), f"{stem}.safetensors")
     with open(f"{stem}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in fields(Round)])
@@ -299,7 +339,7 @@ def save(
             row["worker_seconds"] = " ".join(f"{s:.6f}" for s in each.worker_seconds)
             writer.writerow(row.values())
     plot(history, options, Path(f"{stem}.png"))
-    for suffix, what in (("safetensors", "model"), ("csv", "metrics"), ("png", "plot")):
+    for suffix, what in (("csv", "metrics"), ("png", "plot")):
         console.print(f"{what}: {stem}.{suffix}", soft_wrap=True)
 
 
@@ -312,9 +352,15 @@ def plot(history: Sequence[Round], options: argparse.Namespace, path: Path) -> N
     numbers = [each.round for each in history]
     left.plot(numbers, [each.loss for each in history], marker="o", markersize=3)
     left.set(xlabel="round", ylabel="training loss", yscale="log")
-    right.plot(numbers, [each.accuracy for each in history], marker="o", markersize=3, color="C2")
+    right.plot(
+        numbers,
+        [np.nan if each.accuracy is None else each.accuracy for each in history],
+        marker="o",
+        markersize=3,
+        color="C2",
+    )
     right.axhline(0.95, color="grey", linestyle=":", label="0.95")
-    right.set(xlabel="round", ylabel="accuracy on held-out digits", ylim=(0, 1.02))
+    right.set(xlabel="round", ylabel="accuracy on held-out rows", ylim=(0, 1.02))
     right.legend(loc="lower right")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -347,6 +393,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--momentum", type=float, default=0.9)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=CHECKOUT / "runs")
+    add("--test", type=Path, metavar="FILE", help="held-out rows (.npz with images and labels)")
     add("--no-baseline", action="store_true", help="no centralised training to compare with")
     options = parser.parse_args(argv)
     for name in ("rounds", "epochs", "batch_size"):
@@ -358,37 +405,67 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives its exit code."""
     options, console = parse(argv), Console()
+    history: list[Round] = []
     try:
-        started = json.loads(options.workers_json.read_text())
-        if options.visit is None:
-            options.visit = 1 if started.get("split") == "label" else 0
+        started = read_workers(options)
         model = build(options.model, options.seed)
-        history = asyncio.run(run(started, model, options, console))
-    except (OSError, json.JSONDecodeError) as error:
-        console.print(f"[red]{options.workers_json}: {error}[/] (start_workers.py writes it)")
-        return 1
-    except wsfed.WsfedError as error:
-        console.print(f"[red]{error}[/]")
-        return 1
-    except BaseExceptionGroup as group:  # of the workers trained at once
-        failed, other = group.split(wsfed.WsfedError)
-        if failed is None or other is not None:
-            raise
-        console.print(f"[red]{failed.exceptions[0]}[/]")
-        return 1
-    finish(model, history, options, console)
+        asyncio.run(run(started, model, history, options, console))
+    except (TrainingFailed, wsfed.WsfedError) as error:
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
+        return give_up(1, history, options, console)
+    except KeyboardInterrupt:
+        console.print("[red]interrupted[/]")
+        return give_up(130, history, options, console)
+    finish(started, model, history, options, console)
     return 0
 
 
+def read_workers(options: argparse.Namespace) -> dict[str, Any]:
+    """What start_workers.py wrote; completes the options that depend on it."""
+    file = options.workers_json
+    try:
+        started: dict[str, Any] = json.loads(file.read_text())
+        [each["url"] for each in started["workers"]], started["dataset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingFailed(f"{file}: {error!r} (start_workers.py writes it)") from None
+    if options.visit is None:
+        options.visit = 1 if started.get("split") == "label" else 0
+    test = options.test or started.get("test")
+    try:
+        options.test = digits.Rows.load(Path(test)) if test else None
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingFailed(f"{test}: {error}") from None
+    return started
+
+
+def give_up(
+    code: int, history: Sequence[Round], options: argparse.Namespace, console: Console
+) -> int:
+    """Save what there is of metrics."""
+    if history:
+        console.print(f"{len(history)} rounds were finished")
+        save(history, options, console)
+    return code
+
+
 def finish(
-    model: nn.Module, history: Sequence[Round], options: argparse.Namespace, console: Console
+    started: dict[str, Any],
+    model: nn.Module,
+    history: Sequence[Round],
+    options: argparse.Namespace,
+    console: Console,
 ) -> None:
-    """Compare with centralised training, and save."""
-    train, test = digits.load()
-    if not options.no_baseline:
-        baseline = accuracy_of(centralised(train, options), test)
-        report(history, baseline, options, console)
-    save(model, history, options, console)
+    """Compare with centralised training, where its rows are here, and save."""
+    baseline = None
+    if started.get("split") and not options.no_baseline:
+        train, _ = digits.load()
+        baseline = accuracy_of(centralised(train, options), options.test)
+    report(history, baseline, options, console)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"{options.schedule}.safetensors"
+    save_file(model.state_dict(), file)
+    console.print(f"model: {file}", soft_wrap=True)
+    save(history, options, console)
 
 
 if __name__ == "__main__":

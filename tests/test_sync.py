@@ -166,6 +166,14 @@ def test_two_worlds_do_not_mix() -> None:
 
 
 def test_the_functions_are_those_of_the_package() -> None:
-    for name in ("send", "get", "move", "copy"):
+    for name in ("send", "move", "copy"):
         assert getattr(sync, name) is getattr(wsfed, name)
     assert set(sync.__all__) <= set(dir(sync))
+
+
+async def test_what_is_of_the_async_world_is_not_got_here() -> None:
+    async with wsfed.VirtualWorker("carol") as carol:
+        x = carol.send(torch.ones(2))
+        with pytest.raises(wsfed.PointerError, match=r"await wsfed\.get"):
+            sync.get(x)
+        assert torch.equal(await wsfed.get(x), torch.ones(2))

@@ -232,7 +232,11 @@ class ValueNeeded(PointerError):
         self.wanted = wanted
         super().__init__(
             f"{wanted} needs the value of {pointer}, which is on the worker; "
-            + (advice or "write `value = await pointer.get()` first")
+            + (
+                advice
+                or "write `value = await pointer.get()` first, or use wsfed.sync where it is "
+                "not your own line that asks (as in LBFGS and Adafactor)"
+            )
         )
 
 

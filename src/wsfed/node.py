@@ -449,6 +449,11 @@ class _Attached:
         """See :class:`~wsfed.transport.pump.End`."""
         return self._fenced or self.closing or self._hosted.protocol.state is State.GONE
 
+    def leave(self) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        if self._hosted.protocol.state is not State.GONE:
+            self._hosted.say_goodbye("the worker's program has ended")
+
     @property
     def next_tick(self) -> float | None:
         """See :class:`~wsfed.transport.pump.End`."""
@@ -497,8 +502,8 @@ def check_exposure(host: str, *, tls: bool, token: bool, insecure: bool) -> str 
     """
     if is_loopback(host) or insecure or (tls and token):
         return None
-    missing = " and ".join(word for word, there in (("TLS", tls), ("a token", token)) if not there)
+    missing = " and no ".join(word for word, there in (("TLS", tls), ("token", token)) if not there)
     return (
-        f"{host} can be reached from other machines, and {missing} is missing; give --tls-cert, "
+        f"{host} can be reached from other machines, and it has no {missing}; give --tls-cert, "
         "--tls-key and --token-file, or say --insecure if every machine there is trusted"
     )

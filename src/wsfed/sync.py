@@ -14,8 +14,10 @@ Operations are still pipelined: only what brings a value back waits.
 
 from __future__ import annotations
 
+import asyncio
 import ssl as ssl_module
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -23,11 +25,28 @@ from wsfed.client.background import background
 from wsfed.client.connection import Connection
 from wsfed.client.virtual import VirtualWorker as _VirtualWorker
 from wsfed.client.worker import Worker as _Worker
-from wsfed.pointers.modules import copy, get, move, send
+from wsfed.errors import PointerError
+from wsfed.pointers import modules
+from wsfed.pointers.modules import copy, move, send
 from wsfed.transport.websocket import check_url, dial
 from wsfed.worker.datasets import Dataset
 
 __all__ = ["VirtualWorker", "Worker", "connect", "copy", "get", "move", "send"]
+
+
+def get(value: Any, *, grads: bool = True) -> Any:
+    """Bring home a pointer, a module, an optimizer's state, or a collection of pointers.
+
+    Arguments and errors are those of :func:`wsfed.get`.
+
+    Raises:
+        PointerError: it is of the async world, where :func:`wsfed.get` is awaited.
+    """
+    result = modules.get(value, grads=grads)
+    if isinstance(result, asyncio.Future):
+        result.cancel()
+        raise PointerError("this is of the async world: write await wsfed.get(...)")
+    return result
 
 
 class Worker(_Worker):
@@ -65,7 +84,7 @@ def connect(
 
     Arguments and errors are those of :func:`wsfed.connect`.
     """
-    check_url(url)
+    check_url(url, ssl)
     loop = background.acquire()
 
     async def open_worker() -> Worker:

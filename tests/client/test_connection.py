@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -169,12 +170,13 @@ async def test_failures_that_nobody_saw_are_logged_at_the_end(
 ) -> None:
     caplog.set_level(logging.WARNING, "wsfed.client")
     async with wsfed.connect(url) as worker:
-        bad = worker.send(torch.arange(3)).gather(0, worker.send(OUT_OF_BOUNDS))
+        bad = [worker.send(torch.arange(3)).gather(0, worker.send(OUT_OF_BOUNDS)) for _ in range(3)]
         await worker.send(torch.ones(1)).get()
     del bad
     (record,) = caplog.records
     assert "never awaited" in record.message
     assert "gather" in record.message
+    assert "(and 2 more failures)" in record.message
 
 
 async def test_a_wrong_line_is_refused_before_anything_is_sent(
@@ -369,3 +371,28 @@ async def test_a_connection_that_is_not_awaited_says_so(url: str) -> None:
     with pytest.raises(TypeError, match="not Connecting; await it first"):
         wsfed.send(torch.ones(1), connecting)
     await (await connecting).close()
+
+
+@pytest.mark.parametrize("world", ["async", "blocking"])
+async def test_a_program_that_ends_without_closing_says_goodbye(world: str) -> None:
+    program = {"async": ASYNC_WORLD, "blocking": BLOCKING_WORLD}[world]
+    async with wsfed.Node("bob") as node, node.listen() as url, asyncio.timeout(60):
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, url)
+        assert await process.wait() == 0
+        while node.info["sessions"]:
+            await asyncio.sleep(0)
+
+
+ASYNC_WORLD = """
+import asyncio, sys, torch, wsfed
+async def main():
+    worker = await wsfed.connect(sys.argv[1])
+    await worker.send(torch.ones(1))
+asyncio.run(main())
+"""
+BLOCKING_WORLD = """
+import sys, torch
+from wsfed import sync
+worker = sync.connect(sys.argv[1])
+worker.send(torch.ones(1)).get()
+"""

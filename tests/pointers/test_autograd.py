@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import wsfed
 from tests.pointers.oracle import assert_same_bits, assert_same_grad
@@ -472,3 +474,61 @@ def test_a_kept_gradient_on_the_way_to_an_input_is_there(pair: tuple[torch.Tenso
         (y**2).sum().backward(inputs=[x])
         results.append(y)
     assert_same_grad(results[1], results[0])
+
+
+class Doubled(torch.autograd.Function):
+    """A function with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return gradient * 2
+
+
+def test_a_function_with_a_backward_of_its_own_is_refused_and_not_ignored(
+    bob: sync.VirtualWorker,
+) -> None:
+    x = bob.send(torch.ones(3, requires_grad=True))
+    with pytest.raises(wsfed.OpNotAllowed, match=r"torch\.autograd\.Function"):
+        Doubled.apply(x) + x
+    with pytest.raises(wsfed.OpNotAllowed, match=r"torch\.autograd\.Function"):
+        Doubled.apply(x).sum()
+    with pytest.raises(wsfed.OpNotAllowed, match="use_reentrant"):
+        checkpoint(lambda z: z * z, x, use_reentrant=True).backward(torch.ones(3))
+    layer = bob.send(nn.Linear(3, 2))
+    layer.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(wsfed.OpNotAllowed, match="module backward hooks"):
+        layer(x).sum().backward()
+    (Doubled.apply(x.detach()) + x).sum().backward()  # nothing would be lost
+    assert torch.equal(x.grad.get(), torch.ones(3))
+
+
+def test_checkpointing_without_reentrance_gives_the_gradients(
+    pair: tuple[torch.Tensor, Any],
+) -> None:
+    local, remote = pair
+    for x in pair:
+        checkpoint(lambda z: (z * z).exp(), x, use_reentrant=False).sum().backward()
+    assert_same_grad(remote, local)
+
+
+def test_a_gradient_that_is_part_of_a_graph_says_so(pair: tuple[torch.Tensor, Any]) -> None:
+    local, remote = pair
+    for x in pair:
+        (x**3).sum().backward(create_graph=True)
+        assert (x.grad.requires_grad, x.grad.is_leaf) == (True, False)
+        (x.grad**2).sum().backward()
+    assert_same_bits(remote.grad.detach(), local.grad)
+
+
+def test_what_torch_gives_no_gradient_has_none(bob: sync.VirtualWorker) -> None:
+    for x in (torch.randn(3, requires_grad=True), bob.send(torch.randn(3, requires_grad=True))):
+        y = x.detach().requires_grad_()
+        F.cosine_embedding_loss(x[None], y[None] * 2, torch.ones(1)).backward()
+        torch.linalg.vector_norm(x, 0).backward()
+        z = x.detach().requires_grad_()
+        torch.linalg.vector_norm(z, 0).backward()
+        assert (x.grad is None, y.grad is None, z.grad is None) == (False, False, True)

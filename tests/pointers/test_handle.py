@@ -155,3 +155,19 @@ async def test_pointers_are_freed_from_any_thread(carol: wsfed.VirtualWorker) ->
     await carol.flush()
     await carol.flush()
     assert stored(carol) == 0
+
+
+def test_what_is_large_is_freed_although_nothing_is_awaited() -> None:
+    with sync.VirtualWorker("bob", max_memory=2**20) as bob:
+        x = bob.send(torch.ones(50_000))  # 200 kB, of which five fit
+        for _ in range(20):
+            x = x + 1
+        assert torch.equal(x.get(), torch.full((50_000,), 21.0))
+
+
+def test_a_view_takes_no_memory() -> None:
+    with sync.VirtualWorker("bob", max_memory=2**20) as bob:
+        wide = bob.send(torch.ones(1000)).expand(1000, 1000)
+        assert wide.sum().get() == 1e6
+        with pytest.raises(wsfed.QuotaExceeded):
+            wide.get()

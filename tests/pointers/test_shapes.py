@@ -20,13 +20,13 @@ from wsfed.pointers.shapes import ShapeCache, intern_meta, meta_of
 def inferred(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the calls that are inferred, with an empty cache to begin with."""
     names: list[str] = []
-    infer = ShapeCache.infer
+    infer = calls.infer
 
-    def note(self: ShapeCache, key: tuple[Any, ...], *rest: Any) -> Any:
-        names.append(key[0])
-        return infer(self, key, *rest)
+    def note(name: str, *rest: Any) -> Any:
+        names.append(name)
+        return infer(name, *rest)
 
-    monkeypatch.setattr(ShapeCache, "infer", note)
+    monkeypatch.setattr(calls, "infer", note)
     monkeypatch.setattr(calls, "_cache", ShapeCache())
     return names
 

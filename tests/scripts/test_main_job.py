@@ -163,7 +163,60 @@ def test_a_worker_that_ends_by_itself_stops_the_others_and_training_says_so(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("content", [None, "{"], ids=["missing", "malformed"])
+@pytest.mark.parametrize("schedule", ["sequential", "concurrent"])
+def test_the_worker_that_was_killed_is_the_one_that_is_named(tmp_path: Path, schedule: str) -> None:
+    file = tmp_path / "workers.json"
+    start = [sys.executable, str(SCRIPTS / "start_workers.py"), "--ids", "ann", "ben", "cy"]
+    start += ["--folder", str(tmp_path), "--json-file", str(file)]
+    learn = [sys.executable, str(SCRIPTS / "train.py"), "--workers-json", str(file)]
+    learn += ["--schedule", schedule, "--rounds", "10000", "--model", "mlp", "--out", str(tmp_path)]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, text=True) as workers:
+        assert workers.stdout is not None
+        ben = json.loads(document(workers.stdout))["workers"][1]
+        with subprocess.Popen(learn, stdout=subprocess.PIPE, text=True) as training:
+            assert training.stdout is not None
+            assert "ben" in training.stdout.readline()  # all are connected
+            os.kill(ben["pid"], signal.SIGKILL)
+            said = " ".join(training.stdout.read().split())
+            assert training.wait(30) == 1
+    assert "worker 'ben'" in said
+    assert "'cy'" not in said
+
+
+def test_files_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, _ = digits.load()
+    files = [tmp_path / "one.npz", tmp_path / "other.npz"]
+    for file, part in zip(files, digits.split(rows, 2, "iid"), strict=True):
+        part.save(file)
+    told = tmp_path / "workers.json"
+    command = [sys.executable, str(SCRIPTS / "start_workers.py"), "--json-file", str(told)]
+    command += ["--data", *map(str, files)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        document(process.stdout)
+        words = ["--workers-json", str(told), "--out", str(tmp_path), "--rounds", "2"]
+        assert train.main(words) == 0
+        said = capsys.readouterr().out
+        assert "no held-out rows" in said and "centralised" not in said
+        assert train.main([*words, "--test", str(files[0])]) == 0
+        assert "held-out rows" in capsys.readouterr().out
+        process.terminate()
+
+
+def test_rows_of_another_shape_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "x.npz", x=np.ones((30, 16), np.float32), y=np.zeros(30, np.int64))
+    told = tmp_path / "workers.json"
+    command = [sys.executable, str(SCRIPTS / "start_workers.py"), "--json-file", str(told)]
+    command += ["--data", str(tmp_path / "x.npz")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        document(process.stdout)
+        assert train.main(["--workers-json", str(told), "--out", str(tmp_path)]) == 1
+        assert "images have to be of 1 x 8 x 8" in " ".join(capsys.readouterr().out.split())
+        process.terminate()
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "malformed", "other"])
 def test_a_file_of_workers_that_is_none_is_told(
     tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 import pytest
 import websockets
 
+from tests.certificates import tls
 from wsfed.errors import RemoteProtocolError
 from wsfed.protocol import limits
 from wsfed.transport.memory import pair
@@ -181,3 +184,29 @@ async def test_a_client_of_another_protocol_is_told_which_one_is_spoken() -> Non
 def test_loopback_is_known_from_other_addresses() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.9.9.9")))
     assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "example.org", "::")))
+
+
+async def test_tls_and_no_tls_are_told_apart() -> None:
+    async def serve(wire: WebSocketWire) -> None:
+        raise AssertionError
+
+    async with listen(serve, host="127.0.0.1", port=0) as (host, port):
+        with pytest.raises(WireLost, match="is it ws://"):
+            await dial(f"wss://{host}:{port}")
+        with pytest.raises(ValueError, match="is it wss://"):
+            await dial(f"ws://{host}:{port}", ssl=ssl.create_default_context())
+
+
+async def test_a_certificate_that_is_not_trusted_says_what_to_give(
+    tmp_path: Path,
+) -> None:
+    async def serve(wire: WebSocketWire) -> None:
+        await wire.close()
+
+    there, here = tls(tmp_path)
+    async with listen(serve, host="127.0.0.1", port=0, ssl=there) as (host, port):
+        with pytest.raises(WireLost, match=r"not trusted .*cafile="):
+            await dial(f"wss://{host}:{port}")
+        with pytest.raises(WireLost, match="is it wss://"):
+            await dial(f"ws://{host}:{port}")
+        await (await dial(f"wss://{host}:{port}", ssl=here)).close()

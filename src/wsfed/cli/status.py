@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl as ssl_module
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +19,9 @@ def status(
     token: Annotated[
         str | None, typer.Option(envvar="WSFED_TOKEN", help="Shown to workers that ask.")
     ] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Certificates to trust (PEM), for wss://.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for each.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Tell it as JSON.")] = False,
 ) -> None:
@@ -27,8 +32,10 @@ def status(
       wsfed status ws://127.0.0.1:8777
 
       wsfed status --json ws://10.0.0.5:8777 ws://10.0.0.6:8777
+
+      wsfed status --tls-ca cert.pem wss://clinic.example:8777
     """
-    answers = asyncio.run(_ask_all(urls, token, timeout))
+    answers = asyncio.run(_ask_all(urls, token, _trust(tls_ca), timeout))
     if as_json:
         typer.echo(json.dumps(answers, indent=2))
     else:
@@ -37,19 +44,34 @@ def status(
         raise typer.Exit(1)
 
 
-async def _ask_all(urls: list[str], token: str | None, timeout: float) -> list[dict[str, Any]]:
+def _trust(ca: Path | None) -> ssl_module.SSLContext | None:
+    if ca is None:
+        return None
+    try:
+        return ssl_module.create_default_context(cafile=ca)
+    except OSError as error:
+        raise typer.BadParameter(f"--tls-ca {ca}: {error.strerror or error}") from None
+
+
+async def _ask_all(
+    urls: list[str], token: str | None, ssl: ssl_module.SSLContext | None, timeout: float
+) -> list[dict[str, Any]]:
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_ask(url, token, timeout)) for url in urls]
+        tasks = [group.create_task(_ask(url, token, ssl, timeout)) for url in urls]
     return [task.result() for task in tasks]
 
 
-async def _ask(url: str, token: str | None, timeout: float) -> dict[str, Any]:
+async def _ask(
+    url: str, token: str | None, ssl: ssl_module.SSLContext | None, timeout: float
+) -> dict[str, Any]:
     from wsfed.client.worker import connect
     from wsfed.errors import WsfedError
 
     begun = time.perf_counter()
     try:
-        async with asyncio.timeout(timeout), connect(url, token=token, timeout=timeout) as worker:
+        ssl = ssl if url.startswith("wss:") else None
+        connecting = connect(url, token=token, ssl=ssl, timeout=timeout)
+        async with asyncio.timeout(timeout), connecting as worker:
             await worker.flush()
             return {
                 "url": url,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import json
 import logging
@@ -96,12 +97,15 @@ def worker(
     )
     if refusal:
         _usage(refusal)
+    if not id.strip():
+        _usage("--id needs a name")
     node = _node(id, dataset or [], open or [], device, max_memory, threads, token_file, direct)
     ssl = _tls(tls_cert, tls_key)
     try:
         idle = asyncio.run(_serve(node, host, port, ssl, as_json, until_eof))
     except OSError as error:
-        _fail(f"cannot listen on {host}:{port}: {error.strerror or error}; try --port 0")
+        advice = "; try --port 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+        _fail(f"cannot listen on {host}:{port}: {error.strerror or error}{advice}")
     if not idle:
         # A kernel that has not come back by now would abort the interpreter's own shutdown.
         sys.stdout.flush()
@@ -145,13 +149,21 @@ def _node(
         torch.set_num_threads(threads)
     try:
         loaded = [load(name, path, open=name in opened, device=device) for name, path in named]
-        token = token_file.read_text().strip() if token_file else None
     except (DatasetError, OSError) as error:
         _fail(str(error))
-    if token == "":
-        _usage(f"{token_file} is empty")
+    token = _token(token_file) if token_file else None
     size = parse_size(max_memory) if max_memory else None
     return Node(id, datasets=loaded, device=device, max_memory=size, token=token, direct=direct)
+
+
+def _token(file: Path) -> str:
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"--token-file {file}: {getattr(error, 'strerror', None) or error}")
+    if not token or len(token.split()) > 1:
+        _usage(f"--token-file {file}: it has to hold one word, the token")
+    return token
 
 
 def _tls(cert: Path | None, key: Path | None) -> ssl_module.SSLContext | None:

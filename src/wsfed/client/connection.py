@@ -58,8 +58,9 @@ __all__ = ["Connection"]
 
 _log = logging.getLogger("wsfed.client")
 
-#: Deletes wait for company until there are so many, or until something else is sent.
+#: Deletes wait for company until there are so many, or of so many bytes, or until a frame leaves.
 _DELETES: Final = 32
+_DELETED_BYTES: Final = 64 * 1024
 #: The first wait before a connection is made again, and the longest, in seconds (full jitter).
 _BACK_OFF: Final = (0.1, 30.0)
 #: Turns of the loop in which a task that waits for this session hears of its end. What waits for
@@ -127,6 +128,7 @@ class Connection(Link):
         self._ids = itertools.count(1)
         self._requests: dict[int, _Request] = {}
         self._released: deque[int] = deque()
+        self._released_bytes = 0
         self._names: dict[str, int] = {}
         self._dead: WsfedError | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -141,8 +143,10 @@ class Connection(Link):
 
     async def close(self) -> None:
         """End the session. Nothing is raised; what failed unseen is logged."""
-        for failure in self.failures.unseen():
-            _log.warning("never awaited: %s", failure)
+        unseen = list(self.failures.unseen())
+        if unseen:
+            more = f"\n(and {len(unseen) - 1} more failures)" if len(unseen) > 1 else ""
+            _log.warning("never awaited: %s%s", unseen[0], more)
         if self.session.state is not State.GONE:
             self.session.end("the client is done")
         self._die(self._lost("it was closed by this program"))
@@ -241,7 +245,7 @@ class Connection(Link):
             WsfedError: the session is over, or the command has no wire form.
         """
         self._alive()
-        if len(self._released) >= _DELETES:
+        if len(self._released) >= _DELETES or self._released_bytes >= _DELETED_BYTES:
             self._delete_released()
         name = command[1] if command[0] == m.Execute.code else None
         if name is not None and (number := self._names.get(name)) is not None:
@@ -271,9 +275,10 @@ class Connection(Link):
         self.session.cancel()
         self.wake.set()
 
-    def release(self, id: int) -> None:
-        """Nobody holds this object any more. Never raises."""
+    def release(self, id: int, nbytes: int = 0) -> None:
+        """Nobody holds this object, of about this size, any more. Never raises."""
         self._released.append(id)
+        self._released_bytes += nbytes
 
     def fetch(
         self,
@@ -353,6 +358,7 @@ class Connection(Link):
         return task
 
     def _delete_released(self) -> None:
+        self._released_bytes = 0
         ids = [self._released.popleft() for _ in range(len(self._released))]
         for start in range(0, len(ids), limits.MAX_IDS):
             self.session.sender.put(m.Delete(ids[start : start + limits.MAX_IDS]).wire())
@@ -374,6 +380,12 @@ class Connection(Link):
     def over(self) -> bool:
         """See :class:`~wsfed.transport.pump.End`."""
         return self._dead is not None
+
+    def leave(self) -> None:
+        """See :class:`~wsfed.transport.pump.End`."""
+        if self.session.state is not State.GONE:
+            self.session.end("the client's program has ended")
+        self._die(self._lost("the program's event loop was ended"))
 
     @property
     def next_tick(self) -> float | None:

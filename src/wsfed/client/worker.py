@@ -221,16 +221,16 @@ def connect(
         url: ``ws://host:port``, or ``wss://`` with TLS.
         id: what this program calls the worker; by default what it calls itself.
         token: shown to a worker that asks for one.
-        ssl: certificates to trust.
+        ssl: certificates to trust, for ``wss://`` (``ssl.create_default_context(cafile=…)``).
         timeout: seconds for a connection to be made.
         reconnect: seconds to go on trying when the connection breaks; the session is resumed.
 
     Raises:
         ConnectionLost: nothing answers there.
         AuthenticationFailed: the worker refuses the token.
-        ValueError: not the URL of a worker.
+        ValueError: not the URL of a worker, or ``ssl`` without ``wss://``.
     """
-    check_url(url)
+    check_url(url, ssl)
     connection = Connection(
         url,
         lambda: dial(url, ssl=ssl, timeout=timeout),

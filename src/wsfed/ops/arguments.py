@@ -7,6 +7,7 @@ identifier. The world is closed: dtypes, layouts, memory formats and devices com
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import EllipsisType, MappingProxyType
 from typing import Any, Final, NoReturn, TypeAlias
@@ -189,6 +190,8 @@ def _related(value: Any) -> _Encoder:
             return _ENCODERS[collection]
     if isinstance(value, range):
         return _ENCODERS[list]
+    if type(value).__name__ == "LinearCrossEntropyOptions":  # its guard makes it again
+        return _as(dataclasses.asdict)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return _as(lambda value: value.item())
     raise TypeError(_why_not(value))

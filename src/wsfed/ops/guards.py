@@ -29,6 +29,8 @@ Call: TypeAlias = Callable[..., Any]
 def guarded(name: str, function: Call) -> Call:
     """The function, or one that checks its arguments first."""
     guard, out = _GUARDS.get(name), _place_of_out(function)
+    if name == "torch.nn.functional.linear_cross_entropy":
+        return _with_options(function)
     if guard is None and out is None:
         return function
 
@@ -39,6 +41,19 @@ def guarded(name: str, function: Call) -> Call:
         if why is not None:
             raise OpNotAllowed(why, op=name)
         return function(*args, **kwargs)
+
+    return call
+
+
+def _with_options(function: Call) -> Call:
+    """``options=``, which travels as a dictionary, is made again; it checks its own values."""
+
+    def call(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(options, dict):
+            return function(*args, options=options, **kwargs)
+        from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+        return function(*args, options=LinearCrossEntropyOptions(**options), **kwargs)
 
     return call
 

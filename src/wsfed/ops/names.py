@@ -57,32 +57,33 @@ _TORCH_TENSOR: Final = """
     flip fliplr flipud float float_power float_power_ floor floor_ floor_divide floor_divide_
     fmax fmin fmod fmod_ frac frac_ frexp gather gcd gcd_ ge ge_ geometric_ geqrf ger
     grad.__get__ grad.__set__ greater greater_ greater_equal greater_equal_ gt gt_ half
-    hardshrink heaviside heaviside_ histc histogram hsplit hypot hypot_ i0 i0_ igamma igamma_
-    igammac igammac_ imag.__get__ imag.__set__ index index_add index_add_ index_copy index_copy_
-    index_fill index_fill_ index_put index_put_ index_reduce index_reduce_ index_select inner
-    int inverse isclose isfinite isinf isnan isneginf isposinf isreal istft kron kthvalue lcm
-    lcm_ ldexp ldexp_ le le_ lerp lerp_ less less_ less_equal less_equal_ lgamma lgamma_ log
-    log10 log10_ log1p log1p_ log2 log2_ log_ log_normal_ log_softmax logaddexp logaddexp2
-    logcumsumexp logdet logical_and logical_and_ logical_not logical_not_ logical_or logical_or_
-    logical_xor logical_xor_ logit logit_ logsumexp long lt lt_ lu lu_solve mH.__get__
-    mT.__get__ masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select matmul
-    matrix_exp matrix_power max maximum mean median min minimum mm mode moveaxis movedim msort
-    mul mul_ multinomial multiply multiply_ mv mvlgamma mvlgamma_ nan_to_num nan_to_num_ nanmean
-    nanmedian nanquantile nansum narrow narrow_copy ne ne_ neg neg_ negative negative_ new_full
-    new_ones new_tensor new_zeros nextafter nextafter_ nonzero norm normal_ not_equal not_equal_
-    orgqr ormqr outer permute pinverse polygamma polygamma_ positive pow pow_ prelu prod put
-    put_ qr quantile rad2deg rad2deg_ random_ ravel real.__get__ real.__set__ reciprocal
-    reciprocal_ relu relu_ remainder remainder_ renorm renorm_ repeat repeat_interleave
-    requires_grad.__set__ requires_grad_ reshape reshape_as resolve_conj resolve_neg retain_grad
-    roll rot90 round round_ rsqrt rsqrt_ scatter scatter_ scatter_add scatter_add_
-    scatter_reduce scatter_reduce_ select select_scatter sgn sgn_ short sigmoid sigmoid_ sign
-    sign_ signbit sin sin_ sinc sinc_ sinh sinh_ slice_scatter slogdet softmax sort split
-    split_with_sizes sqrt sqrt_ square square_ squeeze squeeze_ std stft sub sub_ subtract
-    subtract_ sum sum_to_size svd swapaxes swapaxes_ swapdims swapdims_ t t_ take take_along_dim
-    tan tan_ tanh tanh_ tensor_split tile to topk trace transpose transpose_ triangular_solve
-    tril tril_ triu triu_ true_divide true_divide_ trunc trunc_ type type_as unbind unflatten
-    unfold uniform_ unique unique_consecutive unsafe_chunk unsafe_split unsafe_split_with_sizes
-    unsqueeze unsqueeze_ var vdot view view_as vsplit where xlogy xlogy_ zero_
+    hardshrink hash_tensor heaviside heaviside_ histc histogram hsplit hypot hypot_ i0 i0_
+    igamma igamma_ igammac igammac_ imag.__get__ imag.__set__ index index_add index_add_
+    index_copy index_copy_ index_fill index_fill_ index_put index_put_ index_reduce
+    index_reduce_ index_select inner int inverse isclose isfinite isinf isnan isneginf isposinf
+    isreal istft kron kthvalue lcm lcm_ ldexp ldexp_ le le_ lerp lerp_ less less_ less_equal
+    less_equal_ lgamma lgamma_ log log10 log10_ log1p log1p_ log2 log2_ log_ log_normal_
+    log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_and_ logical_not
+    logical_not_ logical_or logical_or_ logical_xor logical_xor_ logit logit_ logsumexp long lt
+    lt_ lu lu_solve mH.__get__ mT.__get__ masked_fill masked_fill_ masked_scatter
+    masked_scatter_ masked_select matmul matrix_exp matrix_power max maximum mean median min
+    minimum mm mode moveaxis movedim msort mul mul_ multinomial multiply multiply_ mv mvlgamma
+    mvlgamma_ nan_to_num nan_to_num_ nanmean nanmedian nanquantile nansum narrow narrow_copy ne
+    ne_ neg neg_ negative negative_ new_full new_ones new_tensor new_zeros nextafter nextafter_
+    nonzero nonzero_static norm normal_ not_equal not_equal_ orgqr ormqr outer permute pinverse
+    polygamma polygamma_ positive pow pow_ prelu prod put put_ qr quantile rad2deg rad2deg_
+    random_ ravel real.__get__ real.__set__ reciprocal reciprocal_ relu relu_ remainder
+    remainder_ renorm renorm_ repeat repeat_interleave requires_grad.__set__ requires_grad_
+    reshape reshape_as resolve_conj resolve_neg retain_grad roll rot90 round round_ rsqrt rsqrt_
+    scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ select
+    select_scatter sgn sgn_ short sigmoid sigmoid_ sign sign_ signbit sin sin_ sinc sinc_ sinh
+    sinh_ slice_scatter slogdet softmax sort split split_with_sizes sqrt sqrt_ square square_
+    squeeze squeeze_ std stft sub sub_ subtract subtract_ sum sum_to_size svd swapaxes swapaxes_
+    swapdims swapdims_ t t_ take take_along_dim tan tan_ tanh tanh_ tensor_split tile to topk
+    trace transpose transpose_ triangular_solve tril tril_ triu triu_ true_divide true_divide_
+    trunc trunc_ type type_as unbind unflatten unfold uniform_ unique unique_consecutive
+    unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_ var vdot view view_as
+    vsplit where xlogy xlogy_ zero_
 """
 
 #: In ``torch.linalg``.
@@ -154,31 +155,32 @@ _TORCH: Final = """
     exp exp2 expand_copy expm1 feature_alpha_dropout feature_dropout fill fix flatten flip
     fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp frobenius_norm
     full_like gather gcd ge geqrf ger gradient greater greater_equal grid_sampler
-    grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt heaviside hinge_embedding_loss
-    histc histogram histogramdd hsplit hstack hypot i0 igamma igammac imag index_add index_copy
-    index_fill index_put index_reduce index_select inner instance_norm inverse isclose isfinite
-    isin isinf isnan isneginf isposinf isreal kl_div kron kthvalue layer_norm lcm ldexp le lerp
-    less less_equal lgamma lobpcg log log10 log1p log2 log_softmax logaddexp logaddexp2
-    logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm
-    lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill masked_scatter masked_select
-    matmul matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool3d
-    maximum mean median min minimum mm mode moveaxis movedim msort mul multinomial multiply mv
-    mvlgamma nan_to_num nanmean nanmedian nanquantile nansum narrow narrow_copy native_dropout
-    native_group_norm native_layer_norm native_norm ne neg negative nextafter nonzero
-    norm_except_dim normal not_equal nuclear_norm ones_like orgqr ormqr outer permute
-    permute_copy pinverse poisson poisson_nll_loss polar polygamma positive pow prod put qr
-    quantile rad2deg rand_like randint_like randn_like ravel real reciprocal relu remainder
-    renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell
-    rnn_tanh rnn_tanh_cell roll rot90 round row_stack rrelu rsqrt rsub scatter scatter_add
-    scatter_reduce searchsorted select select_copy select_scatter selu sgn sigmoid sign signbit
-    sin sinc sinh slice_copy slice_scatter slogdet softmax sort split_copy split_with_sizes
-    split_with_sizes_copy sqrt square squeeze squeeze_copy stack std std_mean sub subtract sum
-    svd swapaxes swapdims t t_copy take take_along_dim tan tanh tensor_split threshold tile topk
-    trace transpose transpose_copy trapezoid trapz triangular_solve tril triplet_margin_loss
-    triu true_divide trunc unbind unbind_copy unflatten unfold_copy unsafe_chunk unsafe_split
+    grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt hash_tensor heaviside
+    hinge_embedding_loss histc histogram histogramdd hsplit hstack hypot i0 igamma igammac imag
+    index_add index_copy index_fill index_put index_reduce index_select inner instance_norm
+    inverse isclose isfinite isin isinf isnan isneginf isposinf isreal kl_div kron kthvalue
+    layer_norm lcm ldexp le lerp less less_equal lgamma lobpcg log log10 log1p log2 log_softmax
+    logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor
+    logit logsumexp lstm lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill
+    masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d
+    max_pool1d_with_indices max_pool2d max_pool3d maximum mean median min minimum mm mode
+    moveaxis movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian
+    nanquantile nansum narrow narrow_copy native_dropout native_group_norm native_layer_norm
+    native_norm ne neg negative nextafter nonzero nonzero_static norm_except_dim normal
+    not_equal nuclear_norm ones_like orgqr ormqr outer permute permute_copy pinverse poisson
+    poisson_nll_loss polar polygamma positive pow prod put qr quantile rad2deg rand_like
+    randint_like randn_like ravel real reciprocal relu remainder renorm repeat_interleave
+    reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll
+    rot90 round row_stack rrelu rsqrt rsub scatter scatter_add scatter_reduce searchsorted
+    select select_copy select_scatter selu sgn sigmoid sign signbit sin sinc sinh slice_copy
+    slice_scatter slogdet softmax sort split_copy split_with_sizes split_with_sizes_copy sqrt
+    square squeeze squeeze_copy stack std std_mean sub subtract sum svd swapaxes swapdims t
+    t_copy take take_along_dim tan tanh tensor_split threshold tile topk trace transpose
+    transpose_copy trapezoid trapz triangular_solve tril triplet_margin_loss triu true_divide
+    trunc unbind unbind_copy unflatten unfold_copy unsafe_chunk unsafe_split
     unsafe_split_with_sizes unsqueeze unsqueeze_copy vander var var_mean vdot view_as_complex
     view_as_complex_copy view_as_real view_as_real_copy view_copy vsplit vstack where xlogy
-    zeros_like
+    zero_ zeros_like
 """
 
 #: Names by the place they are found in.
@@ -445,5 +447,5 @@ ROWS: Final = """
     torch.unfold_copy torch.unsafe_chunk torch.unsafe_split torch.unsafe_split_with_sizes
     torch.unsqueeze torch.unsqueeze_copy torch.vander torch.view_as_complex
     torch.view_as_complex_copy torch.view_as_real torch.view_as_real_copy torch.view_copy
-    torch.vsplit torch.vstack torch.where torch.xlogy
+    torch.vsplit torch.vstack torch.where torch.xlogy torch.zero_
 """

@@ -57,10 +57,13 @@ _REASONS: Final[tuple[tuple[str, str], ...]] = (
     (
         "its kernel trusts sizes or offsets that a client chooses, and reads beyond its tensors",
         """
-        native_batch_norm segment_reduce _fused_adagrad_ _fused_adam_
-        _fused_adamw_ _fused_sgd_ nn.functional.grouped_mm nn.functional.scaled_grouped_mm
+        native_batch_norm segment_reduce nn.functional.grouped_mm nn.functional.scaled_grouped_mm
         nn.functional.scaled_mm
         """,
+    ),
+    (
+        "its kernel trusts the sizes it is given; make the optimizer with fused=False",
+        "_fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_",
     ),
     (
         "it gives away an address of the worker's memory, or how it is kept",
@@ -110,12 +113,12 @@ _REASONS: Final[tuple[tuple[str, str], ...]] = (
         Tensor._indices Tensor._nested_tensor_size Tensor._nested_tensor_storage_offsets
         Tensor._nested_tensor_strides Tensor._nnz Tensor._sparse_mask_projection Tensor._to_dense
         Tensor._values Tensor.ccol_indices Tensor.coalesce Tensor.col_indices Tensor.crow_indices
-        Tensor.dense_dim Tensor.indices Tensor.is_coalesced Tensor.nonzero_static
+        Tensor.dense_dim Tensor.indices Tensor.is_coalesced
         Tensor.row_indices Tensor.slice_inverse Tensor.smm Tensor.sparse_dim Tensor.sparse_mask
         Tensor.sparse_resize_ Tensor.sparse_resize_and_clear_ Tensor.sspaddmm Tensor.to_dense
         Tensor.to_padded_tensor Tensor.to_sparse Tensor.to_sparse_bsc Tensor.to_sparse_bsr
         Tensor.to_sparse_coo Tensor.to_sparse_csc Tensor.to_sparse_csr Tensor.values
-        ccol_indices_copy col_indices_copy crow_indices_copy hspmm indices_copy nonzero_static
+        ccol_indices_copy col_indices_copy crow_indices_copy hspmm indices_copy
         row_indices_copy slice_inverse smm spmm sspaddmm values_copy
         """,
     ),
@@ -124,8 +127,8 @@ _REASONS: Final[tuple[tuple[str, str], ...]] = (
         """
         Tensor._autocast_to_full_precision Tensor._autocast_to_reduced_precision
         Tensor._base.__get__ Tensor._grad.__get__ Tensor._grad_fn.__get__
-        Tensor._version.__get__ Tensor.grad_dtype.__get__ Tensor.hash_tensor Tensor.name.__get__
-        Tensor.retains_grad.__get__ Tensor.volatile.__get__ autocast hash_tensor
+        Tensor._version.__get__ Tensor.grad_dtype.__get__ Tensor.name.__get__
+        Tensor.retains_grad.__get__ Tensor.volatile.__get__ autocast
         nn.functional._sym_int sym_float sym_ite sym_max sym_min sym_not sym_sqrt sym_sum
         """,
     ),

@@ -111,8 +111,11 @@ def wire_name(function: Callable[..., Any]) -> str | None:
 
 
 def depends_on_floats(name: str) -> bool:
-    """Whether the shape of the result depends on a fractional number among the arguments."""
-    return name in _BY_FLOATS
+    """Whether what kind of result it gives depends on a fractional number among the arguments.
+
+    A dropout of nothing gives its argument itself.
+    """
+    return name in _BY_FLOATS or name in _RANDOM
 
 
 # --- building it, from what is checked in ---------------------------------------------------------
@@ -151,19 +154,25 @@ def _changes_first(name: str) -> bool:
 
 
 def _build(functions: Mapping[str, Callable[..., Any]]) -> Mapping[str, Op]:
-    random, rows = frozenset(names.RANDOM.split()), frozenset(names.ROWS.split())
+    rows = frozenset(names.ROWS.split())
     return MappingProxyType(
         {
-            name: Op(name, guarded(name, call), name in random, name in rows, _changes_first(name))
+            name: Op(name, guarded(name, call), name in _RANDOM, name in rows, _changes_first(name))
             for name, call in functions.items()
         }
     )
 
 
+_RANDOM: Final = frozenset(names.RANDOM.split())
 _FUNCTIONS: Final = dict(_listed())
 #: The table.
 OPS: Final[Mapping[str, Op]] = _build(_FUNCTIONS)
 # One function may have several names: the first wins.
 _NAMES: Final[Mapping[Callable[..., Any], str]] = MappingProxyType(
     {call: name for name, call in reversed(_FUNCTIONS.items())}
+    # What these call when they are given a list, in which torch looks for no subclass.
+    | {
+        getattr(torch._VF, word): f"torch.functional.{word}"
+        for word in ("atleast_1d", "atleast_2d", "atleast_3d", "meshgrid")
+    }
 )

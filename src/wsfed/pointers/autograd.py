@@ -20,15 +20,17 @@ class Node:
         has_grad: a backward pass has reached this leaf (or one that retains its gradient).
         retains: a non-leaf that keeps its gradient.
         generation: counts the times the worker has replaced the gradient by a new tensor.
+        grad_parents: what the gradient itself depends on, where it is part of a graph.
     """
 
-    __slots__ = ("generation", "has_grad", "parents", "retains")
+    __slots__ = ("generation", "grad_parents", "has_grad", "parents", "retains")
 
     def __init__(self, parents: tuple[Node, ...] = ()) -> None:
         self.parents = parents
         self.has_grad = False
         self.retains = False
         self.generation = 0
+        self.grad_parents: tuple[Node, ...] = ()
 
     def __repr__(self) -> str:
         return f"<remote graph node with {len(self.parents)} parents>"
@@ -43,15 +45,17 @@ def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -
         create_graph: gradients were added to by a new tensor instead of in place.
     """
     seen: set[Node] = set()
-    pending = list(roots)
+    begun = tuple(roots)
+    pending = list(begun)
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
         if _keeps(node, only):
-            if node.has_grad and create_graph:
-                node.generation += 1
+            if create_graph:
+                node.generation += node.has_grad
+                node.grad_parents += begun
             node.has_grad = True
         pending.extend(node.parents)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch.overrides import resolve_name
@@ -13,16 +13,19 @@ from wsfed.ops import refused
 from wsfed.ops.arguments import encode
 from wsfed.ops.table import depends_on_floats, lookup, wire_name
 from wsfed.pointers.autograd import Node
+from wsfed.pointers.inference import UnknownShape, infer
 from wsfed.pointers.link import Link
-from wsfed.pointers.shapes import SHAPING, Inferred, Meta, ShapeCache, UnknownShape, meta_of
+from wsfed.pointers.shapes import SHAPING, Inferred, Meta, ShapeCache, meta_of
 from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.pointers.views import check_write, followed, share, wrote
 from wsfed.protocol import limits
 from wsfed.protocol.messages import Execute
 from wsfed.protocol.values import REF, Wire
 
-__all__ = ["call", "is_pointer", "mode_now", "register"]
+__all__ = ["call", "check_function", "is_pointer", "mode_now", "refuse_function", "register"]
 
+#: Arguments that are written to, by place, each with what it depends on afterwards.
+_Written: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 _EXECUTE: Final = Execute.code
 _NO_GRAD: Final = 1
 _INFERENCE: Final = 2
@@ -171,6 +174,9 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             _scan(arg, key, tensors)
     if depends_on_floats(name):
         key.append(_floats((*args, *kwargs.values())))
+    if not mode:
+        for tensor in tensors:
+            check_function(tensor)
     values = _values(SHAPING[name], tensors, key) if name in SHAPING else {}
     site = capture_site()
     link = _one_link(name, tensors, site)
@@ -179,10 +185,46 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if inferred is None:
         metas = [_meta(tensor, name) for tensor in tensors]
         try:
-            inferred = _cache.infer(whole, function, args, kwargs, metas, values)
+            inferred = infer(name, function, args, kwargs, metas, values)
         except UnknownShape as unknown:
-            return _issue_unresolved(name, args, kwargs, mode, tensors, link, site, str(unknown))
+            raise OpNotAllowed(
+                f"what it gives depends on values ({str(unknown)[:200]})",
+                op=name,
+                site=describe_site(site),
+            ) from None
+        _cache.put(whole, inferred)
+    if not inferred.known:
+        return _issue_unresolved(name, args, kwargs, mode, inferred, tensors, link, site)
     return _issue(name, args, kwargs, mode, inferred, tensors, link, site)
+
+
+def check_function(tensor: Any) -> None:
+    """Refuse what a ``torch.autograd.Function`` gave: its gradient would be lost.
+
+    torch shows such a function to no tensor class. It leaves its mark on the payload of its
+    result, though, if the payload of an argument requires grad.
+
+    Raises:
+        OpNotAllowed: such a function gave it.
+    """
+    if type(tensor) is not _pointer_class:
+        return
+    meta = tensor._meta
+    if meta is not None and not meta.requires_grad and _any_requires_grad(tensor):
+        refuse_function()
+
+
+def refuse_function() -> NoReturn:
+    """Say that a ``torch.autograd.Function`` is not carried to workers."""
+    raise OpNotAllowed(
+        "its backward would not be called on a worker; write it with torch's operations "
+        "(module backward hooks use one, and so does checkpoint(use_reentrant=True))",
+        op="torch.autograd.Function",
+        site=describe_site(capture_site()),
+    )
+
+
+_any_requires_grad: Final[Callable[..., bool]] = torch._C._any_requires_grad
 
 
 def _values(
@@ -203,7 +245,12 @@ def _call_into(
 ) -> Any:
     """``out=``, which torch's optimizers use: no worker takes it, so the result is copied there."""
     out = kwargs["out"]
-    result = call(function, args, {word: arg for word, arg in kwargs.items() if word != "out"})
+    others = {word: arg for word, arg in kwargs.items() if word != "out"}
+    tensors: list[Any] = []
+    _scan([args, others], [], tensors)
+    if not any(type(tensor) is _pointer_class for tensor in tensors):
+        raise OpNotAllowed("out= takes a pointer where others are given; use copy_", op=name)
+    result = call(function, args, others)
     if type(out) is not _pointer_class or type(result) is not _pointer_class:
         raise OpNotAllowed("out= takes one pointer; assign with copy_", op=name)
     if torch.is_grad_enabled() and (result.requires_grad or out.requires_grad):
@@ -263,9 +310,8 @@ def _issue(
         written = _check_written(name, mode, written, tensors)
     outs: list[int] = []
     results: list[Any] = []
-    parents: tuple[Node, ...] | None = None
     unneeded: list[int] = []
-    for out, view in zip(inferred.outs, inferred.views, strict=True):
+    for out, view, parents in zip(inferred.outs, inferred.views, inferred.parents, strict=True):
         if type(out) is int:
             result = tensors[out]
             outs.append(result._handle.id if type(result) is _pointer_class else link.new_id())
@@ -277,9 +323,7 @@ def _issue(
             id = link.new_id()
             result = _make(link, id, out)
             if out.requires_grad and not out.is_leaf:  # type: ignore[union-attr]
-                if parents is None:
-                    parents = _parents(tensors)
-                result.__dict__["_node"] = Node(parents)
+                result.__dict__["_node"] = Node(_nodes(tensors, parents))
             if view >= 0 and type(tensors[view]) is _pointer_class:
                 share(result.__dict__, tensors[view].__dict__)
             outs.append(id)
@@ -287,8 +331,8 @@ def _issue(
     _send(name, outs, args, kwargs, mode, link, site)
     for id in unneeded:
         link.release(id)
-    for place, meta in inferred.changed:
-        _change(tensors[place], meta, tensors)
+    for place, meta, parents in inferred.changed:
+        _change(tensors[place], meta, _nodes(tensors, parents))
     if written and not mode:
         _follow_writes(written, tensors)
     return results[0] if inferred.spec is None else inferred.build(results)
@@ -345,14 +389,9 @@ def _device(value: Any, word: str, link: Link) -> Any:
     return value
 
 
-def _parents(tensors: list[Any]) -> tuple[Node, ...]:
-    return tuple(
-        tensor._graph_node()
-        for tensor in tensors
-        if type(tensor) is _pointer_class
-        and tensor._meta is not None
-        and tensor._meta.requires_grad
-    )
+def _nodes(tensors: list[Any], places: tuple[int, ...]) -> tuple[Node, ...]:
+    pointers = [tensors[place] for place in places]
+    return tuple([each._graph_node() for each in pointers if type(each) is _pointer_class])
 
 
 def _constant(
@@ -379,27 +418,25 @@ def _constant(
 # --- what an operation changes -------------------------------------------------------------------
 
 
-def _change(tensor: Any, meta: Meta, tensors: list[Any]) -> None:
+def _change(tensor: Any, meta: Meta, parents: tuple[Node, ...]) -> None:
     """An argument has another shape, or another place in the graph."""
     if type(tensor) is not _pointer_class:
         return
     if meta.requires_grad and not meta.is_leaf:
-        tensor.__dict__["_node"] = Node(_parents(tensors))
+        tensor.__dict__["_node"] = Node(parents)
     elif not meta.requires_grad or not tensor._meta.requires_grad:
         tensor.__dict__["_node"] = None
     tensor._set_meta(meta)
 
 
-def _check_written(
-    name: str, mode: int, written: tuple[int, ...], tensors: list[Any]
-) -> tuple[int, ...]:
+def _check_written(name: str, mode: int, written: _Written, tensors: list[Any]) -> _Written:
     """The arguments that are written to; the writing happens on the worker.
 
     Tensors of inference mode do not count their writes, so that the name has to tell.
     """
     if mode & _INFERENCE and lookup(name).inplace:
-        written = (0,)
-    for place in written:
+        written = ((0, ()),)
+    for place, _ in written:
         if type(tensors[place]) is _pointer_class:
             if not mode:
                 check_write(tensors[place].__dict__)
@@ -411,14 +448,14 @@ def _check_written(
     return written
 
 
-def _follow_writes(written: tuple[int, ...], tensors: list[Any]) -> None:
+def _follow_writes(written: _Written, tensors: list[Any]) -> None:
     """After a write, a tensor and what it is a view of depend on more."""
-    for place in written:
+    for place, parents in written:
         meta = tensors[place]._meta
         if meta is None or not meta.requires_grad or meta.is_leaf:
             continue
         state = tensors[place].__dict__
-        state["_node"] = Node(_parents(tensors))
+        state["_node"] = Node(_nodes(tensors, parents))
         wrote(state)
 
 
@@ -430,59 +467,17 @@ def _issue_unresolved(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     mode: int,
+    inferred: Inferred,
     tensors: list[Any],
     link: Link,
     site: Site | None,
-    why: str,
 ) -> Any:
-    count = _unresolved_results(name, args, kwargs, tensors)
-    if count is None:
-        raise OpNotAllowed(f"its results' shapes depend on values ({why[:200]})", op=name)
-    results = [_make(link, link.new_id(), None) for _ in range(count or 1)]
-    outs = [result._handle.id for result in results]
-    _send(name, outs, args, kwargs, mode, link, site)
-    parents = _parents(tensors)
-    for result in results:
-        result.__dict__["_node"] = Node(parents) if parents else None
+    """Results whose shapes only the worker can tell."""
+    results = [_make(link, link.new_id(), None) for _ in inferred.outs]
+    _send(name, [result._handle.id for result in results], args, kwargs, mode, link, site)
+    for result, parents in zip(results, inferred.parents, strict=True):
+        result.__dict__["_node"] = Node(_nodes(tensors, parents)) if parents else None
     if link.blocking:
         for result in results:
             result.resolve()
-    return tuple(results) if count else results[0]
-
-
-def _unresolved_results(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Any]
-) -> int | None:
-    """How many tensors are in the tuple that comes: 0 for one without a tuple, None if unknown."""
-    ndim = len(_meta(tensors[0], name).shape)
-    if name == "torch.where":
-        return max(ndim, 1) if len(args) == 1 and not kwargs else None
-    if name not in _ONE_RESULT:
-        return None
-    if name.endswith("nonzero"):
-        return max(ndim, 1) if kwargs.get("as_tuple") else 0
-    if "unique" in name:
-        more = bool(kwargs.get("return_inverse")) + bool(kwargs.get("return_counts"))
-        return more + 1 if more else 0
-    return 0
-
-
-#: Operations with one result whose shape depends on values, unless asked for more.
-_ONE_RESULT: Final = frozenset(
-    f"{space}.{word}"
-    for space in ("torch", "torch.Tensor")
-    for word in [
-        "nonzero",
-        "masked_select",
-        "argwhere",
-        "bincount",
-        "repeat_interleave",
-        "__getitem__",
-        "unique",
-        "unique_consecutive",
-    ]
-) | {
-    "torch.functional.unique",
-    "torch.functional.unique_consecutive",
-    "torch.nn.functional.one_hot",
-}
+    return results[0] if inferred.spec is None else inferred.build(results)

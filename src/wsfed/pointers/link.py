@@ -43,8 +43,8 @@ class Link(Protocol):
     ) -> None:
         """Queue a tensor, as it is now, to be kept under ``id``."""
 
-    def release(self, id: int) -> None:
-        """Nobody holds this object any more. From any thread; never raises."""
+    def release(self, id: int, nbytes: int = 0) -> None:
+        """Nobody holds this object, of about this size, any more. From any thread; never raises."""
 
     def fetch(
         self, id: int, site: Site | None = None, meta: Meta | None = None

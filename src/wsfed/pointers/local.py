@@ -7,10 +7,11 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from wsfed.errors import PointerError, ValueNeeded
+from wsfed.errors import OpNotAllowed, PointerError, ValueNeeded
 from wsfed.ops import refused
-from wsfed.pointers.calls import is_pointer
+from wsfed.pointers.calls import call, is_pointer, refuse_function
 
 __all__ = ["LOCAL"]
 
@@ -42,6 +43,8 @@ def _spoken(name: str) -> str:
 
 def _value(function: Callable[..., Any], wanted: str) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
+        if is_pointer(kwargs.get("out")):
+            raise OpNotAllowed("out= takes no pointer here; assign with copy_", op=wanted[:-2])
         first = next(a for a in (*args, *kwargs.values()) if is_pointer(a))
         if not first._handle.link.blocking:
             raise ValueNeeded(wanted, repr(first))
@@ -50,6 +53,27 @@ def _value(function: Callable[..., Any], wanted: str) -> Callable[..., Any]:
         return function(*here, **there)
 
     return answer
+
+
+def _tensor_split(input: Any, indices_or_sections: Any, dim: int = 0) -> Any:
+    """How many results there are depends on the places to cut at."""
+    cuts = indices_or_sections
+    if is_pointer(cuts):
+        if not cuts._handle.link.blocking:
+            raise ValueNeeded("torch.tensor_split()", repr(cuts))
+        cuts = cuts.get()
+    if isinstance(cuts, torch.Tensor):
+        cuts = cuts.tolist()
+    if not is_pointer(input):
+        return torch.tensor_split(input, cuts, dim)
+    return call(torch.tensor_split, (input, cuts, dim), {})
+
+
+def _view_as(input: Any, other: Any) -> Any:
+    """A view of a tensor as itself: what torch makes of a Function that gives its argument."""
+    if input is other and not torch.is_grad_enabled() and input.requires_grad:
+        refuse_function()
+    return call(_T.view_as, (input, other), {})
 
 
 def _on(kind: str) -> Callable[[Any], bool]:
@@ -115,6 +139,31 @@ def _eye(*size: Any, out: Any, **_: Any) -> Any:
     return out
 
 
+def _triplet_margin_with_distance_loss(
+    anchor: Any,
+    positive: Any,
+    negative: Any,
+    *,
+    distance_function: Callable[[Any, Any], Any] | None = None,
+    margin: float = 1.0,
+    swap: bool = False,
+    reduction: str = "mean",
+) -> Any:
+    """As torch has it; the distance is computed by a function of the program's, on pointers."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if margin <= 0:
+        raise ValueError(f"margin must be greater than 0, got {margin}")
+    if not anchor.ndim == positive.ndim == negative.ndim:
+        raise RuntimeError("anchor, positive and negative need the same number of dimensions")
+    distance = distance_function or torch.pairwise_distance
+    near, far = distance(anchor, positive), distance(anchor, negative)
+    if swap:
+        far = torch.minimum(far, distance(positive, negative))
+    loss = torch.clamp_min(margin + near - far, 0)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
 def _found(name: str) -> Callable[..., Any] | None:
     """The function of a wire name, in the installed torch."""
     found: Any = torch
@@ -152,6 +201,9 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[_T.cpu] = _cpu
     table[torch.autograd.grad] = _autograd_grad
     table[torch.eye] = _eye
+    table[_T.view_as] = _view_as
+    table[torch.tensor_split] = table[_T.tensor_split] = _tensor_split
+    table[F.triplet_margin_with_distance_loss] = _triplet_margin_with_distance_loss
     table[torch._has_compatible_shallow_copy_type] = _together
     table[nn.init.uniform_] = _uniform
     table[nn.init.normal_] = _normal

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from wsfed.errors import PointerError
@@ -42,6 +43,7 @@ def send(value: Any, worker: Any) -> Any:
     """
     link = link_of(worker)
     if isinstance(value, nn.Module):
+        _send_when_made(value, link)
         with _unlocked(value):
             tensors = _tensors(value)
             _check_free(tensors)
@@ -149,9 +151,22 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for each in module.modules():
         for tensor in (*each._parameters.values(), *each._buffers.values()):
-            if tensor is not None:
+            if tensor is not None and not is_lazy(tensor):
                 found[id(tensor)] = tensor
     return list(found.values())
+
+
+def _send_when_made(module: nn.Module, link: Link) -> None:
+    """Lazy layers are made here, by their first input, and are sent then."""
+
+    def make(layer: nn.Module, *_: Any) -> None:
+        hook.remove()
+        send(layer, link)
+
+    for each in module.modules():
+        own = (*each._parameters.values(), *each._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in own):
+            hook = each.register_forward_pre_hook(make)
 
 
 @contextmanager

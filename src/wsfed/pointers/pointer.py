@@ -186,7 +186,11 @@ class Pointer(torch.Tensor):
             [m.Execute.code, "torch.Tensor.grad.__get__", [id], [[REF, self._handle.id]], {}, 0],
             capture_site(),
         )
-        made = _make(link, id, intern_meta(meta.shape, meta.stride, meta.dtype, False, True))
+        in_graph = bool(node.grad_parents)
+        grad_meta = intern_meta(meta.shape, meta.stride, meta.dtype, in_graph, not in_graph)
+        made = _make(link, id, grad_meta)
+        if in_graph:
+            made.__dict__["_node"] = Node(node.grad_parents)
         self.__dict__["_grad_pointer"] = (node.generation, made)
         return made
 
@@ -209,7 +213,9 @@ class Pointer(torch.Tensor):
             capture_site(),
         )
         node = self._graph_node()
-        node.has_grad = value is not None
+        node.has_grad, node.grad_parents = value is not None, ()
+        if value is not None and value._known().requires_grad:
+            node.grad_parents = (value._graph_node(),)
         self.__dict__["_grad_pointer"] = None if value is None else (node.generation, value)
 
     def _check_grad(self, value: Pointer | None) -> None:
@@ -252,6 +258,7 @@ class Pointer(torch.Tensor):
     def _set_meta(self, meta: Meta) -> None:
         old: Meta | None = self.__dict__["_meta"]
         self.__dict__["_meta"] = meta
+        self._handle.nbytes = meta.nbytes
         if old is None or (old.shape, old.stride, old.dtype) != (
             meta.shape,
             meta.stride,
@@ -259,6 +266,9 @@ class Pointer(torch.Tensor):
         ):
             with _OFF():
                 self.data = _empty(meta.shape, meta.stride, dtype=meta.dtype, device=_META)
+        if old is None or old.requires_grad != meta.requires_grad:
+            with _OFF():
+                self.requires_grad_(meta.requires_grad)
 
     # --- Python around it ---
 
@@ -335,6 +345,7 @@ def backward(
     ]
     only = None if inputs is None else [_pointer_of(each) for each in _several(inputs)]
     for place, (root, gradient) in enumerate(zip(roots, there, strict=True)):
+        calls.check_function(root)
         _check_root(place, root, gradient)
     for each in (*roots, *there, *(only or ())):
         if each is not None and each._handle.link is not link:
@@ -401,11 +412,20 @@ def _make(link: Link, id: int, meta: Meta | None, handle: Handle | None = None) 
     """A pointer; ``meta`` is ``None`` while the shape is not known."""
     if meta is None:
         made: Any = _empty((0,), (1,), device=_META)
+        state = made.__dict__
+        state["_handle"] = handle or Handle(link, id)
     else:
-        made = _empty(meta.shape, meta.stride, dtype=meta.dtype, device=_META)
+        # That the payload requires grad, too, is how a custom Function is noticed (see calls).
+        made = _empty(
+            meta.shape,
+            meta.stride,
+            dtype=meta.dtype,
+            device=_META,
+            requires_grad=meta.requires_grad,
+        )
+        state = made.__dict__
+        state["_handle"] = handle or Handle(link, id, meta.nbytes)
     made.__class__ = Pointer
-    state = made.__dict__
-    state["_handle"] = handle or Handle(link, id)
     state["_meta"] = meta
     pointer: Pointer = made
     return pointer

@@ -25,7 +25,7 @@ _OURS: Final = (
     "<frozen ",
 )
 #: Written as a user would write it.
-_USERS: Final = str(Path(__file__).parent.parent / "testing.py")
+_USERS: Final = str(Path(__file__).parent.parent / "testing" / "conformance.py")
 #: Whether a code object is torch's or wsfed's. Code objects live as long as their functions.
 _SKIPPED: dict[CodeType, bool] = {}
 _MOST: Final = 50_000

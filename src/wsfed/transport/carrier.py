@@ -42,6 +42,10 @@ class _Carrier:
     def over(self) -> bool:
         return self._session.state is State.GONE
 
+    def leave(self) -> None:
+        if self._session.state is not State.GONE:
+            self._session.end("the worker's program has ended")
+
     @property
     def next_tick(self) -> float | None:
         return self._session.next_tick

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from wsfed.protocol import limits
 from wsfed.protocol.codec import Buffer
 from wsfed.transport.wire import Wire, WireLost
 
 __all__ = ["End", "pump"]
+
+#: A program that ends tells the other side, if that reads, and does not wait for long.
+_GOODBYE_SECONDS: Final = 0.5
 
 
 class End(Protocol):
@@ -26,6 +29,9 @@ class End(Protocol):
     @property
     def over(self) -> bool:
         """See the class."""
+
+    def leave(self) -> None:
+        """The program ends: what is sent now is the last. Must not raise."""
 
     def arrived(self, data: Buffer, now: float) -> None:
         """A message came. Must not raise."""
@@ -55,6 +61,9 @@ async def pump(wire: Wire, end: End) -> str:
         await _write(wire, end, loop, reader)
     except WireLost as lost:
         return lost.reason
+    except asyncio.CancelledError:
+        await _say_goodbye(wire, end, loop)
+        raise
     finally:
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -100,6 +109,17 @@ async def _send(wire: Wire, frame: Sequence[Buffer]) -> None:
             await wire.send(frame)
     except TimeoutError:
         raise WireLost("the other side does not read") from None
+
+
+async def _say_goodbye(wire: Wire, end: End, loop: asyncio.AbstractEventLoop) -> None:
+    """So that the other side does not wait for a return, as far as that takes no time."""
+    end.leave()
+    try:
+        async with asyncio.timeout(_GOODBYE_SECONDS):
+            while (frame := end.next_frame(loop.time())) is not None:
+                await wire.send(frame)
+    except (WireLost, TimeoutError):
+        return
 
 
 async def _sleep(end: End, due: float | None, now: float) -> None:

@@ -12,7 +12,12 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import connect as open_websocket
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.exceptions import ConnectionClosed, NegotiationError, WebSocketException
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidMessage,
+    NegotiationError,
+    WebSocketException,
+)
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -76,15 +81,17 @@ def _reason(error: ConnectionClosed) -> str:
     return f"the connection was closed ({frame.reason or frame.code})"
 
 
-def check_url(url: str) -> str:
+def check_url(url: str, ssl: ssl_module.SSLContext | None = None) -> str:
     """The host of a worker's URL.
 
     Raises:
-        ValueError: the URL is not one of a WebSocket.
+        ValueError: the URL is not one of a WebSocket, or has no TLS for ``ssl``.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
         raise ValueError(f"{url!r} is not the URL of a worker; write ws://host:port")
+    if ssl is not None and parts.scheme != "wss":
+        raise ValueError(f"ssl= is for TLS, and {url} has none; is it wss://?")
     return parts.hostname
 
 
@@ -102,7 +109,7 @@ async def dial(
         WireLost: there is no worker, or it does not speak the protocol.
         ValueError: the URL is not one of a WebSocket.
     """
-    host = check_url(url)
+    host = check_url(url, ssl)
     options: dict[str, Any] = {"ssl": ssl} if ssl is not None else {}
     proxy: Literal[True] | None = None if is_loopback(host) else True
     try:
@@ -117,14 +124,23 @@ async def dial(
     except TimeoutError:
         raise WireLost(f"nothing answered within {timeout:g} s") from None
     except (OSError, WebSocketException, EOFError) as error:
-        raise WireLost(_refusal(error)) from None
+        raise WireLost(_refusal(error, url)) from None
     if socket.subprotocol != SUBPROTOCOL:
         await socket.close()
         raise WireLost(f"the server there does not speak {SUBPROTOCOL}; is it a wsfed worker?")
     return WebSocketWire(socket)
 
 
-def _refusal(error: Exception) -> str:
+def _refusal(error: Exception, url: str) -> str:
+    if isinstance(error, ssl_module.SSLCertVerificationError):
+        return (
+            f"its certificate is not trusted ({error.verify_message}); give one that is with "
+            "ssl=ssl.create_default_context(cafile=...), or --tls-ca"
+        )
+    if url.startswith("wss:") and isinstance(error, ssl_module.SSLError | ConnectionResetError):
+        return f"no TLS is spoken there ({type(error).__name__}); is it ws://?"
+    if url.startswith("ws:") and isinstance(error, InvalidMessage):
+        return "what answers speaks no HTTP; is it wss://?"
     if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
         return "the connection was refused; is a worker running there?"
     return f"{type(error).__name__}: {error}"

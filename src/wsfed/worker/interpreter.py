@@ -298,9 +298,16 @@ class Interpreter:
     def _get(self, request: int, id: int) -> Reply:
         entry = self.store.entry(id)
         check_leaving(entry.labels, "get")
-        tensor = self.store.tensor(id)
+        tensor = self._leaving(id)
         leaf = tensor.requires_grad and tensor.is_leaf
         return Reply(m.TensorReply(request, 0, leaf), outgoing(tensor))
+
+    def _leaving(self, id: int) -> torch.Tensor:
+        """A tensor that will be copied whole: of a few bytes, a view may have many elements."""
+        tensor = self.store.tensor(id)
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            self.store.check_room(tensor.nbytes)
+        return tensor
 
     # --- the others ---
 
@@ -317,7 +324,7 @@ class Interpreter:
         for id in command.ids:
             entry = self.store.entry(id)
             check_leaving(entry.labels, "move")
-            tensor = self.store.tensor(id)
+            tensor = self._leaving(id)
             tensors.append((tensor.requires_grad, outgoing(tensor)))
         if len(command.names) != len(command.ids):
             raise RemoteError("a move names each object once")

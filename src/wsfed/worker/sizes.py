@@ -31,10 +31,7 @@ class ResultSizes:
         self._known: dict[tuple[Any, ...], int] = {}
 
     def of(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        """Bytes of the results that are new memory; 0 where they cannot be many or are not known.
-
-        Views count as if they were copies: what is done with one may make it real.
-        """
+        """Bytes of results that are new memory; 0 where they cannot be many or are not known."""
         leaves = list(_leaves((*args, *kwargs.values())))
         if _bound(leaves) <= _SMALL:
             return 0
@@ -86,7 +83,7 @@ def _infer(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return sum(
         leaf.nbytes
         for leaf in pytree.tree_leaves(result)
-        if isinstance(leaf, torch.Tensor) and leaf.is_meta and not _is_argument(leaf, shadows)
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta and not _is_view(leaf, shadows)
     )
 
 
@@ -94,5 +91,9 @@ def _shadow(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _is_argument(leaf: torch.Tensor, shadows: Any) -> bool:
-    return any(leaf is each for each in pytree.tree_leaves(shadows))
+def _is_view(leaf: torch.Tensor, shadows: Any) -> bool:
+    memory = leaf.untyped_storage()._cdata
+    return any(
+        isinstance(each, torch.Tensor) and each.untyped_storage()._cdata == memory
+        for each in pytree.tree_leaves(shadows)
+    )

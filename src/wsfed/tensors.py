@@ -96,4 +96,5 @@ def incoming(received: Incoming) -> torch.Tensor | None:
             return None
         memory[:] = data
         data = memory
-    return torch.frombuffer(data, dtype=dtype).view(received.shape)
+    # The data of a view is no view: autocast, and what writes into a leaf, look at that.
+    return torch.frombuffer(data, dtype=dtype).view(received.shape).data

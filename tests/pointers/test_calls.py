@@ -506,7 +506,7 @@ async def test_two_sessions_on_one_worker_are_told_apart_from_two_workers() -> N
         (lambda x: x._is_view(), "compile cannot trace"),  # the first thing it asks
         (lambda x: x.data_ptr(), "address"),
         (lambda x: x.untyped_storage(), "address"),
-        (lambda x: x.register_hook(print), "code that the client would have to send"),
+        (lambda x: x.register_hook(print), "runs no code of the client's; take gradients with"),
         (lambda x: x.apply_(abs), "code that the client would have to send"),
         (lambda x: torch.empty_like(x), "uninitialised"),
         (lambda x: x.resize_(9), "uninitialised"),
@@ -627,12 +627,6 @@ def test_a_tensor_of_inference_mode_is_not_for_training(bob: sync.VirtualWorker)
     product = x * y
     with pytest.raises(wsfed.RemoteError, match="Inference tensors cannot be saved"):
         product.get()
-
-
-def test_autocast_is_refused(bob: sync.VirtualWorker) -> None:
-    x = bob.send(torch.ones(3, 3))
-    with torch.autocast("cpu"), pytest.raises(wsfed.OpNotAllowed, match="autocast"):
-        x @ x
 
 
 #: Numbers that are equal, and that torch promotes each in its own way.

@@ -10,9 +10,10 @@ import torch
 import wsfed
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
+from wsfed.protocol.modes import INFERENCE, NO_GRAD
 from wsfed.protocol.stream import Incoming
 from wsfed.tensors import DTYPES, outgoing
-from wsfed.worker.interpreter import INFERENCE, NO_GRAD, Interpreter, Outcome
+from wsfed.worker.interpreter import Interpreter, Outcome
 
 ROWS = torch.arange(12.0).reshape(6, 2)
 BUDGET = 2**30

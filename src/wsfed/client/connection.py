@@ -27,7 +27,6 @@ from wsfed.errors import (
     AuthenticationFailed,
     ConnectionLost,
     LocalProtocolError,
-    NotFound,
     RemoteProtocolError,
     SessionLost,
     WsfedError,
@@ -492,9 +491,8 @@ class Connection(Link):
         asked = self._requests.pop(request, None)
         if asked is None or asked.future.done():
             return
-        if error is None or isinstance(error, NotFound):
-            # What belongs to no object is told at the next await, whatever that is for.
-            error = self.failures.next_unbound() or error
+        # What belongs to no object is told at the next await, whatever that is for; it came first.
+        error = self.failures.next_unbound() or error
         if error is not None:
             asked.future.set_exception(error)
         else:

@@ -29,10 +29,14 @@ _REASONS: Final[tuple[tuple[str, str], ...]] = (
         """
         Tensor.__reduce_ex__ Tensor.__setstate__ Tensor._backward_hooks.__get__
         Tensor._post_accumulate_grad_hooks.__get__ Tensor.apply_ Tensor.as_subclass Tensor.map2_
-        Tensor.map_ Tensor.module_load Tensor.register_hook
-        Tensor.register_post_accumulate_grad_hook compile cond func.vmap vmap
+        Tensor.map_ Tensor.module_load compile cond func.vmap vmap
         nn.functional.triplet_margin_with_distance_loss
         """,
+    ),
+    (
+        "a worker runs no code of the client's; take gradients with torch.autograd.grad, or change "
+        "p.grad after backward",
+        "Tensor.register_hook Tensor.register_post_accumulate_grad_hook",
     ),
     (
         "it changes a setting of the whole process, which other sessions share",

@@ -18,17 +18,23 @@ from wsfed.pointers.link import Link
 from wsfed.pointers.shapes import SHAPING, Inferred, Meta, ShapeCache, meta_of
 from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.pointers.views import check_write, followed, share, wrote
-from wsfed.protocol import limits
+from wsfed.protocol import limits, modes
 from wsfed.protocol.messages import Execute
 from wsfed.protocol.values import REF, Wire
 
-__all__ = ["call", "check_function", "is_pointer", "mode_now", "refuse_function", "register"]
+__all__ = [
+    "call",
+    "check_function",
+    "is_pointer",
+    "make",
+    "mode_now",
+    "refuse_function",
+    "register",
+]
 
 #: Arguments that are written to, by place, each with what it depends on afterwards.
 _Written: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 _EXECUTE: Final = Execute.code
-_NO_GRAD: Final = 1
-_INFERENCE: Final = 2
 
 _cache: Final = ShapeCache()
 #: Set by the module of the class itself, which needs this one.
@@ -42,22 +48,44 @@ def register(pointer_class: type, make: Callable[..., Any]) -> None:
     _pointer_class, _make = pointer_class, make
 
 
+def make(link: Link, id: int, meta: Meta | None) -> Any:
+    """A pointer; ``meta`` is ``None`` while the shape is not known."""
+    return _make(link, id, meta)
+
+
 def is_pointer(value: Any) -> bool:
     """Whether a value is a pointer."""
     return type(value) is _pointer_class
 
 
 def mode_now() -> int:
-    """The modes of autograd that a command carries.
+    """The modes that a command carries (:mod:`wsfed.protocol.modes`).
 
     Raises:
-        OpNotAllowed: autocast is on, which no worker understands yet.
+        OpNotAllowed: autocast to a dtype that workers do not cast to.
     """
-    if _is_autocast():
-        raise OpNotAllowed("autocast is not carried to workers; convert with .to(dtype)")
+    mode = 0 if _is_grad() else modes.NO_GRAD
     if _is_inference():
-        return _NO_GRAD | _INFERENCE
-    return 0 if _is_grad() else _NO_GRAD
+        mode = modes.NO_GRAD | modes.INFERENCE
+    if _is_autocast():
+        mode |= _autocast_now()
+    return mode
+
+
+def _autocast_now() -> int:
+    for kind in ("cpu", "cuda", "xpu", "mps"):
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            if dtype not in _AUTOCAST:
+                raise OpNotAllowed(f"autocast to {dtype} is not carried to workers")
+            return _AUTOCAST[dtype]
+    return 0
+
+
+_AUTOCAST: Final = {
+    torch.bfloat16: modes.AUTOCAST_BFLOAT16,
+    torch.float16: modes.AUTOCAST_FLOAT16,
+}
 
 
 _is_autocast: Final = torch._C._is_any_autocast_enabled
@@ -174,7 +202,7 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             _scan(arg, key, tensors)
     if depends_on_floats(name):
         key.append(_floats((*args, *kwargs.values())))
-    if not mode:
+    if not mode & modes.NO_GRAD:
         for tensor in tensors:
             check_function(tensor)
     values = _values(SHAPING[name], tensors, key) if name in SHAPING else {}
@@ -185,7 +213,8 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if inferred is None:
         metas = [_meta(tensor, name) for tensor in tensors]
         try:
-            inferred = infer(name, function, args, kwargs, metas, values)
+            kind = link.device.type if mode & modes.AUTOCAST else "meta"
+            inferred = infer(name, function, args, kwargs, metas, values, kind)
         except UnknownShape as unknown:
             raise OpNotAllowed(
                 f"what it gives depends on values ({str(unknown)[:200]})",
@@ -306,7 +335,7 @@ def _issue(
     site: Site | None,
 ) -> Any:
     written = inferred.written
-    if written or mode & _INFERENCE:
+    if written or mode & modes.INFERENCE:
         written = _check_written(name, mode, written, tensors)
     outs: list[int] = []
     results: list[Any] = []
@@ -333,7 +362,7 @@ def _issue(
         link.release(id)
     for place, meta, parents in inferred.changed:
         _change(tensors[place], meta, _nodes(tensors, parents))
-    if written and not mode:
+    if written and not mode & modes.NO_GRAD:
         _follow_writes(written, tensors)
     return results[0] if inferred.spec is None else inferred.build(results)
 
@@ -434,11 +463,11 @@ def _check_written(name: str, mode: int, written: _Written, tensors: list[Any]) 
 
     Tensors of inference mode do not count their writes, so that the name has to tell.
     """
-    if mode & _INFERENCE and lookup(name).inplace:
+    if mode & modes.INFERENCE and lookup(name).inplace:
         written = ((0, ()),)
     for place, _ in written:
         if type(tensors[place]) is _pointer_class:
-            if not mode:
+            if not mode & modes.NO_GRAD:
                 check_write(tensors[place].__dict__)
         else:
             raise PointerError(

@@ -70,6 +70,7 @@ def infer(
     kwargs: Mapping[str, Any],
     metas: Sequence[Meta],
     values: Mapping[int, torch.Tensor],
+    kind: str = "meta",
 ) -> Inferred:
     """What a call gives.
 
@@ -80,6 +81,8 @@ def infer(
         kwargs: likewise.
         metas: of the tensors, in the order in which they are met.
         values: local tensors whose values tell the shape, by their place among these.
+        kind: the worker's type of device where it decides (autocast has rules for each), else
+            ``"meta"``.
 
     Raises:
         UnknownShape: the number of results depends on values.
@@ -88,20 +91,34 @@ def infer(
     call = _Call(name, function, args, kwargs, metas, values)
     if name in _WRONG_META and _are_few(metas):
         return _by_example(call, "")
-    shadows = [values.get(place, _shadow(meta)) for place, meta in enumerate(metas)]
+    if kind != "meta":
+        from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _by_shadows(call, kind)
+    return _by_shadows(call, kind)
+
+
+def _by_shadows(call: _Call, kind: str) -> Inferred:
+    """From tensors without values: meta ones, or torch's fake ones of another type of device."""
+    values, device = call.values, torch.device(kind)
+    shadows = [values.get(place, _shadow(meta, device)) for place, meta in enumerate(call.metas)]
     before = _State(shadows)
     try:
-        result = call.run(shadows, torch.device("meta"))
+        result = call.run(shadows, device)
     except _WRONG as error:
         # Some of torch's functions look at values without saying NotImplemented.
-        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+        looks = type(error).__name__ in ("NotImplementedError", "DataDependentOutputException")
+        if looks or "meta tensor" in str(error):
             return _by_example(call, str(error))
         if values:
             raise  # the values of others, which are not here, would make another error
         raise (_usual_error(call) or error) from None
     with _OFF():
         inferred = _read(result, shadows, before, known=True)
-    return _without_undefined(inferred, result, shadows) if name in _UNDEFINED else inferred
+    if call.name in _UNDEFINED:
+        return _without_undefined(inferred, result, shadows)
+    return inferred
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -290,16 +307,16 @@ def _reached(tensor: torch.Tensor, sources: Mapping[Any, int]) -> tuple[int, ...
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def _shadow(meta: Meta) -> torch.Tensor:
-    """A meta tensor with this metadata, with a graph of its own where it is no leaf."""
+def _shadow(meta: Meta, device: torch.device) -> torch.Tensor:
+    """A tensor without values, with this metadata, with a graph of its own where it is no leaf."""
     if not meta.requires_grad or meta.is_leaf:
-        made = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+        made = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
         return made.requires_grad_(meta.requires_grad)
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = torch.zeros((), dtype=meta.dtype, device="meta", requires_grad=True)
+        leaf = torch.zeros((), dtype=meta.dtype, device=device, requires_grad=True)
         if any(step == 0 and size > 1 for size, step in zip(meta.shape, meta.stride, strict=True)):
             return _expanded(leaf, meta)
-        made = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device="meta")
+        made = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
         return made.copy_(leaf)
 
 

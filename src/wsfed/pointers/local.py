@@ -199,7 +199,6 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[_T.__reversed__] = lambda pointer: pointer.flip(0) if pointer.ndim else pointer
     table[_T.__reduce_ex__] = _no_pickle
     table[_T.cpu] = _cpu
-    table[torch.autograd.grad] = _autograd_grad
     table[torch.eye] = _eye
     table[_T.view_as] = _view_as
     table[torch.tensor_split] = table[_T.tensor_split] = _tensor_split
@@ -210,12 +209,6 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[nn.init.constant_] = _constant
     table[nn.init.kaiming_uniform_] = _kaiming_uniform
     return table
-
-
-def _autograd_grad(*_: Any, **__: Any) -> Any:
-    raise PointerError(
-        "torch.autograd.grad is not carried to workers yet: write loss.backward() and read p.grad"
-    )
 
 
 #: Functions whose result is a value of Python's.

@@ -11,14 +11,15 @@ from typing import Any, Final
 
 import torch
 
-from wsfed.errors import NotCollocated, PointerError, ValueNeeded
+from wsfed.errors import PointerError, ValueNeeded
 from wsfed.pointers import calls
-from wsfed.pointers.autograd import Node, mark
+from wsfed.pointers.autograd import Node
+from wsfed.pointers.gradients import backward, grad
 from wsfed.pointers.handle import Handle
 from wsfed.pointers.link import Link, link_of
 from wsfed.pointers.local import LOCAL
 from wsfed.pointers.shapes import Meta, intern_meta
-from wsfed.pointers.site import Site, capture_site, describe_site
+from wsfed.pointers.site import Site, capture_site
 from wsfed.pointers.views import followed, node_of
 from wsfed.protocol import messages as m
 from wsfed.protocol.values import REF
@@ -325,75 +326,6 @@ class Pointer(torch.Tensor):
         return make_sent(self._handle.link, made)
 
 
-def backward(
-    tensors: torch.Tensor | Sequence[torch.Tensor],
-    grad_tensors: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    grad_variables: Any = None,
-    inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
-) -> None:
-    """``torch.autograd.backward``, on the worker."""
-    roots = [_pointer_of(each) for each in _several(tensors)]
-    link = roots[0]._handle.link
-    gradients = _several(grad_tensors) or [None] * len(roots)
-    if len(gradients) != len(roots):
-        raise RuntimeError(f"got {len(roots)} tensors and {len(gradients)} gradients")
-    there = [
-        each if each is None or isinstance(each, Pointer) else make_sent(link, each)
-        for each in gradients
-    ]
-    only = None if inputs is None else [_pointer_of(each) for each in _several(inputs)]
-    for place, (root, gradient) in enumerate(zip(roots, there, strict=True)):
-        calls.check_function(root)
-        _check_root(place, root, gradient)
-    for each in (*roots, *there, *(only or ())):
-        if each is not None and each._handle.link is not link:
-            names = (link.worker.id, each._handle.link.worker.id)
-            raise NotCollocated("backward", names, describe_site(capture_site()))
-    command = m.Backward(
-        [each._handle.id for each in roots],
-        None
-        if grad_tensors is None
-        else [None if each is None else each._handle.id for each in there],
-        retain_graph,
-        create_graph,
-        None if only is None else [each._handle.id for each in only],
-        0,
-    )
-    link.issue(command.wire(), capture_site())
-    nodes = None if only is None else {each._graph_node() for each in only}
-    mark([each._graph_node() for each in roots], only=nodes, create_graph=create_graph)
-
-
-def _several(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, torch.Tensor) else list(value)
-
-
-def _check_root(place: int, root: Pointer, gradient: Pointer | None) -> None:
-    meta = root._known()
-    if not meta.requires_grad:
-        raise RuntimeError(
-            f"element {place} of tensors does not require grad and does not have a grad_fn"
-        )
-    if gradient is None and torch.Size(meta.shape).numel() != 1:
-        raise RuntimeError("grad can be implicitly created only for scalar outputs")
-    if gradient is not None and gradient._known().shape != meta.shape:
-        raise RuntimeError(
-            f"Mismatch in shape: grad_output[{place}] has a shape of "
-            f"{torch.Size(gradient._known().shape)} and output[{place}] has a shape of "
-            f"{torch.Size(meta.shape)}."
-        )
-
-
-def _pointer_of(tensor: torch.Tensor) -> Pointer:
-    if not isinstance(tensor, Pointer):
-        raise PointerError("a local tensor is no part of a graph on a worker; send it first")
-    return tensor
-
-
 def _dense(meta: Meta) -> tuple[int, ...]:
     with _OFF():
         there = _empty(meta.shape, meta.stride, dtype=meta.dtype, device=_META)
@@ -469,4 +401,8 @@ def make_sent(link: Link, tensor: torch.Tensor) -> Pointer:
 
 calls.register(Pointer, _make)
 #: What needs no operation on the worker.
-_ANSWERED: Final = {**LOCAL, torch.autograd.backward: backward}
+_ANSWERED: Final[dict[Callable[..., Any], Callable[..., Any]]] = {
+    **LOCAL,
+    torch.autograd.backward: backward,
+    torch.autograd.grad: grad,
+}

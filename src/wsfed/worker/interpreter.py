@@ -31,15 +31,13 @@ from wsfed.protocol.codec import Outgoing
 from wsfed.protocol.stream import Incoming
 from wsfed.tensors import DTYPE_NAMES, describe, incoming, outgoing
 from wsfed.worker.datasets import Dataset
+from wsfed.worker.modes import Modes, watched
 from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving, holds_rows
 from wsfed.worker.randomness import SessionRandom
 from wsfed.worker.sizes import ResultSizes
 from wsfed.worker.store import Entry, Failure, Poisoned, Store, poison_of
 
 __all__ = ["Carry", "Interpreter", "Outcome", "Reply"]
-
-NO_GRAD: Final = 1
-INFERENCE: Final = 2
 
 #: A search tells of this many objects at most.
 _MOST_FOUND: Final = 1000
@@ -101,6 +99,7 @@ class Interpreter:
         self._device, self._datasets = device, datasets
         self._random = SessionRandom(device)
         self._sizes = ResultSizes()
+        self._modes = Modes(device)
         self._names: list[str] = []
         self._at = (0, 0)
 
@@ -258,14 +257,14 @@ class Interpreter:
             self.store.label_storage(args[0], labels)
 
     def _call(self, op: Op, args: list[Any], kwargs: dict[str, Any], mode: int) -> Any:
-        with contextlib.ExitStack() as stack:
-            if mode & INFERENCE:
-                stack.enter_context(torch.inference_mode())
-            elif mode & NO_GRAD:
-                stack.enter_context(torch.no_grad())
-            if op.random:
-                stack.enter_context(self._random.drawing())
+        if mode:
+            with self._modes.entered(mode), self._drawing(op), watched(mode, _roots(op, args)):
+                return op.call(*args, **kwargs)
+        with self._modes.entered(mode), self._drawing(op):
             return op.call(*args, **kwargs)
+
+    def _drawing(self, op: Op) -> contextlib.AbstractContextManager[None]:
+        return self._random.drawing() if op.random else contextlib.nullcontext()
 
     def _bind(self, outs: Sequence[int], result: Any, labels: Labels) -> None:
         if isinstance(result, torch.Tensor):
@@ -286,14 +285,15 @@ class Interpreter:
             seen.append(entry)
             return entry.value  # type: ignore[return-value]
 
-        gradients = command.gradients
-        torch.autograd.backward(
-            [look(id) for id in command.roots],
-            None if gradients is None else [look(id) if id else None for id in gradients],
-            retain_graph=command.retain_graph,
-            create_graph=command.create_graph,
-            inputs=None if command.inputs is None else [look(id) for id in command.inputs],
-        )
+        roots, gradients = [look(id) for id in command.roots], command.gradients
+        with self._modes.entered(command.mode), watched(command.mode, roots):
+            torch.autograd.backward(
+                roots,
+                None if gradients is None else [look(id) if id else None for id in gradients],
+                retain_graph=command.retain_graph,
+                create_graph=command.create_graph,
+                inputs=None if command.inputs is None else [look(id) for id in command.inputs],
+            )
 
     def _get(self, request: int, id: int) -> Reply:
         entry = self.store.entry(id)
@@ -363,6 +363,11 @@ class Interpreter:
             raise NotFound(str(error.args[0]), op=f"batch of {command.name!r}") from None
         labels = NO_LABELS if dataset.open else frozenset({dataset.name})
         self._bind(command.outs, tuple(tensors), labels)
+
+
+def _roots(op: Op, args: Sequence[Any]) -> Sequence[torch.Tensor]:
+    """Where the backward pass begins, for what makes one."""
+    return args[0] if op.name == "torch.autograd.grad" else ()
 
 
 #: What a client calls a command, where that is not the command's own name.

@@ -393,3 +393,16 @@ async def test_a_ticket_that_nobody_announced_opens_nothing(
     assert isinstance(refused, m.Refused)
     assert refused.error == "ticket"
     assert node.info["sessions"] == 0
+
+
+async def test_the_first_sums_of_a_session_come_in_the_order_of_all_others() -> None:
+    """A thread that has not asked for torch's number of threads takes another one at first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+        async with wsfed.VirtualWorker("bob") as bob:
+            sent = bob.send(x)
+            assert torch.equal(await sent.dot(sent), x.dot(x))
+    finally:
+        torch.set_num_threads(threads)

@@ -209,7 +209,10 @@ class Node:
         interpreter = Interpreter(
             self.device, self.datasets, max_bytes=self._max_memory, max_objects=_MAX_OBJECTS
         )
-        hosted = _Hosted(self, interpreter, Executor(f"wsfed {self.id}"))
+        # Asking for their number is what makes a new thread use torch's number of threads; its
+        # first sums would come in another order otherwise.
+        executor = Executor(f"wsfed {self.id}", torch.get_num_threads)
+        hosted = _Hosted(self, interpreter, executor)
         hosted.protocol.welcome(_now(), epoch=self._epoch, worker=self.id, info=self.info)
         self._sessions[hosted.protocol.id] = hosted
         return hosted.attach()

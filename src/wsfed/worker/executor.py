@@ -25,14 +25,15 @@ class Executor:
 
     Args:
         name: of the thread, as debuggers and profilers show it.
+        begin: called in the thread before anything else.
 
     Attributes:
         ending: set when the end is wanted; long work looks at it and hurries.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begin: Callable[[], Any] = lambda: None) -> None:
         self.ending = False
-        self._name = name
+        self._name, self._begin = name, begin
         self._work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -60,6 +61,7 @@ class Executor:
         self.join(_PATIENCE)
 
     def _run(self) -> None:
+        self._begin()
         while (work := self._work.get()) is not None:
             work()
             del work  # do not keep its tensors until the next piece comes

@@ -57,6 +57,8 @@ __all__ = ["Connection"]
 
 _log = logging.getLogger("wsfed.client")
 
+_EXECUTE: Final = m.Execute.code
+
 #: Deletes wait for company until there are so many, or of so many bytes, or until a frame leaves.
 _DELETES: Final = 32
 _DELETED_BYTES: Final = 64 * 1024
@@ -114,6 +116,7 @@ class Connection(Link):
         self.opened: asyncio.Future[None] = loop.create_future()
         self.session = Session(Role.CLIENT, allocate)
         self.failures = Failures(self.session.sender.note)
+        self._put = self.session.sender.put
         self.reachable: dict[str, bool] = {}
         self.received_bytes = self.sent_bytes = 0
         self._open_wire, self._loop, self._token = open_wire, loop, token
@@ -243,16 +246,23 @@ class Connection(Link):
         Raises:
             WsfedError: the session is over, or the command has no wire form.
         """
-        self._alive()
-        if len(self._released) >= _DELETES or self._released_bytes >= _DELETED_BYTES:
+        if self._dead is not None:
+            self._alive()
+        if self._released_bytes >= _DELETED_BYTES or len(self._released) >= _DELETES:
             self._delete_released()
-        name = command[1] if command[0] == m.Execute.code else None
-        if name is not None and (number := self._names.get(name)) is not None:
-            command[1], name = number, None
-        self.session.sender.put(command, site)
-        if name is not None:
-            self._names[name] = len(self._names)
-        self._poke()
+        if command[0] == _EXECUTE:
+            name = command[1]
+            number = self._names.get(name)
+            if number is not None:
+                command[1] = number
+                self._put(command, site)
+            else:
+                self._put(command, site)
+                self._names[name] = len(self._names)
+        else:
+            self._put(command, site)
+        if not self._poked:
+            self._poke()
 
     def store(
         self, id: int, tensor: torch.Tensor, requires_grad: bool, site: Site | None = None
@@ -263,7 +273,8 @@ class Connection(Link):
         self.session.sender.put_tensor(
             lambda place: message.wire(tensor=place), outgoing(tensor), site
         )
-        self._poke()
+        if not self._poked:
+            self._poke()
 
     def cancel(self) -> None:
         """Give up every command that was sent and has not started."""
@@ -363,15 +374,12 @@ class Connection(Link):
             self.session.sender.put(m.Delete(ids[start : start + limits.MAX_IDS]).wire())
 
     def _poke(self) -> None:
+        """Wake the pump, once until it looks for a frame."""
+        self._poked = True
         if threading.get_ident() == self._thread:
             self.wake.set()
-        elif not self._poked:
-            self._poked = True
-            self._loop.call_soon_threadsafe(self._woken)
-
-    def _woken(self) -> None:
-        self._poked = False
-        self.wake.set()
+        else:
+            self._loop.call_soon_threadsafe(self.wake.set)
 
     # --- the pump's view ---
 
@@ -393,6 +401,7 @@ class Connection(Link):
 
     def next_frame(self, now: float) -> Sequence[Buffer] | None:
         """See :class:`~wsfed.transport.pump.End`."""
+        self._poked = False  # what is put from now on may come too late for this frame
         if self._released and self.session.state is State.LIVE:
             self._delete_released()
         frame = self.session.next_frame(now)

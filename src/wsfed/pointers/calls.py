@@ -189,49 +189,81 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     mode = mode_now()
     key: list[Any] = [name, mode]
     tensors: list[Any] = []
+    is_ordinary = not kwargs
     for arg in args:
-        if type(arg) is _pointer_class and "_view_of" not in arg.__dict__:  # the commonest
+        kind = type(arg)
+        if kind is _pointer_class and "_odd" not in arg.__dict__:  # the commonest
             tensors.append(arg)
             key.append(arg._meta)
+        elif kind is float:
+            key.append(_FRACTION)
+        elif kind is int:
+            key.append(arg)
         else:
+            is_ordinary = False
             _scan(arg, key, tensors)
     if kwargs:
         key.append(_KEYWORDS)
         for word, arg in kwargs.items():
             key.append(word)
             _scan(arg, key, tensors)
-    if depends_on_floats(name):
-        key.append(_floats((*args, *kwargs.values())))
-    if not mode & modes.NO_GRAD:
+    if not is_ordinary and not mode & modes.NO_GRAD:
         for tensor in tensors:
             check_function(tensor)
+    if depends_on_floats(name):
+        key.append(_floats((*args, *kwargs.values())))
     values = _values(SHAPING[name], tensors, key) if name in SHAPING else {}
-    site = capture_site()
+    site = capture_site(3)
     link = _one_link(name, tensors, site)
     whole = tuple(key)
     inferred = _cache.get(whole)
     if inferred is None:
-        metas = [_meta(tensor, name) for tensor in tensors]
-        try:
-            kind = link.device.type if mode & modes.AUTOCAST else "meta"
-            inferred = infer(name, function, args, kwargs, metas, values, kind)
-        except UnknownShape as unknown:
-            raise OpNotAllowed(
-                f"what it gives depends on values ({str(unknown)[:200]})",
-                op=name,
-                site=describe_site(site),
-            ) from None
+        inferred = _infer(name, function, args, kwargs, values, mode, tensors, link, site)
         _cache.put(whole, inferred)
+    plain = inferred.plain
+    if plain is not None and not mode & modes.INFERENCE:
+        id = link.new_id()
+        result = _make(link, id, plain)
+        if plain.requires_grad and not plain.is_leaf:
+            result.__dict__["_node"] = Node(_nodes(tensors, inferred.parents[0]))
+        elif mode:
+            result.__dict__["_odd"] = None
+        _send(name, [id], args, kwargs, mode, link, site)
+        return result
     if not inferred.known:
         return _issue_unresolved(name, args, kwargs, mode, inferred, tensors, link, site)
     return _issue(name, args, kwargs, mode, inferred, tensors, link, site)
+
+
+def _infer(
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[int, torch.Tensor],
+    mode: int,
+    tensors: list[Any],
+    link: Link,
+    site: Site | None,
+) -> Inferred:
+    metas = [_meta(tensor, name) for tensor in tensors]
+    kind = link.device.type if mode & modes.AUTOCAST else "meta"
+    try:
+        return infer(name, function, args, kwargs, metas, values, kind)
+    except UnknownShape as unknown:
+        raise OpNotAllowed(
+            f"what it gives depends on values ({str(unknown)[:200]})",
+            op=name,
+            site=describe_site(site),
+        ) from None
 
 
 def check_function(tensor: Any) -> None:
     """Refuse what a ``torch.autograd.Function`` gave: its gradient would be lost.
 
     torch shows such a function to no tensor class. It leaves its mark on the payload of its
-    result, though, if the payload of an argument requires grad.
+    result, though, if the payload of an argument requires grad. What it gives was made where
+    gradients are not recorded: such pointers are marked as odd.
 
     Raises:
         OpNotAllowed: such a function gave it.
@@ -353,6 +385,8 @@ def _issue(
             result = _make(link, id, out)
             if out.requires_grad and not out.is_leaf:  # type: ignore[union-attr]
                 result.__dict__["_node"] = Node(_nodes(tensors, parents))
+            elif mode:
+                result.__dict__["_odd"] = None
             if view >= 0 and type(tensors[view]) is _pointer_class:
                 share(result.__dict__, tensors[view].__dict__)
             outs.append(id)
@@ -377,6 +411,19 @@ def _send(
     site: Site | None,
 ) -> None:
     """Encode and issue; local tensors travel ahead and are freed behind."""
+    wire_args: list[Any] = []
+    for arg in args:
+        kind = type(arg)
+        if kind is _pointer_class:
+            wire_args.append([REF, arg._handle.id])
+        elif kind is float or kind is bool or arg is None:
+            wire_args.append(arg)
+        else:
+            break
+    else:
+        if not kwargs:
+            link.issue([_EXECUTE, name, outs, wire_args, {}, mode], site)
+            return
     constants: list[int] = []
 
     def ref(tensor: torch.Tensor) -> int:

@@ -244,7 +244,10 @@ def _swap(tensor: torch.Tensor, other: torch.Tensor) -> None:
 
 #: What belongs to a pointer and not to the program.
 _OWN = frozenset(
-    {"_handle", "_meta", "_node", "_grad_pointer", "_is_param", "_view_of", "_writes", "_seen"}
+    {
+        *("_grad_pointer", "_handle", "_is_param", "_meta", "_node", "_odd", "_seen", "_view_of"),
+        "_writes",
+    }
 )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -80,6 +80,7 @@ class Inferred:
         written: arguments that are written to: place, parents.
         spec: how the result is built of its tensors; ``None`` for a single one.
         known: whether the metadata of the results are the true ones; if not, the worker is asked.
+        plain: the metadata of the result, where one of new memory is all there is.
     """
 
     outs: tuple[Meta | int | torch.Tensor, ...]
@@ -89,6 +90,13 @@ class Inferred:
     written: tuple[tuple[int, tuple[int, ...]], ...]
     spec: tuple[list[Any], pytree.TreeSpec] | None
     known: bool = True
+
+    plain: Meta | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        is_one = self.spec is None and self.views == (-1,) and self.known
+        if is_one and not (self.changed or self.written) and isinstance(self.outs[0], Meta):
+            object.__setattr__(self, "plain", self.outs[0])
 
     def build(self, tensors: Sequence[Any]) -> Any:
         """The result, made of its tensors."""
@@ -126,13 +134,10 @@ class ShapeCache:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Inferred] = {}
-
-    def get(self, key: tuple[Any, ...]) -> Inferred | None:
-        """What is known of a call."""
-        return self._known.get(key)
+        self.get = self._known.get
 
     def put(self, key: tuple[Any, ...], inferred: Inferred) -> None:
-        """Remember what a call gives."""
+        """Remember what a call gives; ``get`` tells of it, or gives ``None``."""
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = inferred

@@ -31,9 +31,13 @@ _SKIPPED: dict[CodeType, bool] = {}
 _MOST: Final = 50_000
 
 
-def capture_site() -> Site | None:
-    """Where the innermost code stands that is neither torch's nor wsfed's."""
-    frame = sys._getframe(1)
+def capture_site(depth: int = 1) -> Site | None:
+    """Where the innermost code stands that is neither torch's nor wsfed's.
+
+    Args:
+        depth: how many callers are known to be wsfed's own.
+    """
+    frame = sys._getframe(depth)
     while frame is not None:
         code = frame.f_code
         skip = _SKIPPED.get(code)

@@ -19,7 +19,7 @@ __all__ = ["check_write", "followed", "node_of", "share", "wrote"]
 def share(view: dict[str, Any], base: dict[str, Any]) -> None:
     """``view`` is a view of ``base``, or of what that is a view of."""
     root = base.get("_view_of", base)
-    view["_view_of"] = root
+    view["_view_of"] = view["_odd"] = root
     view["_seen"] = root.get("_writes", 0)
 
 

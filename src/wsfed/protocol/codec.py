@@ -110,6 +110,10 @@ class Frame:
 # --- sending -------------------------------------------------------------------------------------
 
 
+#: One for all threads: msgpack's extension does not let go of the interpreter while it packs.
+_packer: Final = msgpack.Packer()
+
+
 def pack(value: Any) -> bytes:
     """Pack one message.
 
@@ -117,7 +121,7 @@ def pack(value: Any) -> bytes:
         LocalProtocolError: the value has no wire form.
     """
     try:
-        return msgpack.packb(value)  # type: ignore[no-any-return]
+        return _packer.pack(value)  # type: ignore[no-any-return]
     except (TypeError, ValueError, OverflowError) as error:
         raise LocalProtocolError("unsendable", f"this has no wire form: {error}") from error
 

@@ -51,6 +51,16 @@ class Delivery:
     tensors: tuple[Incoming, ...]
 
 
+class _Plain:
+    """A message that waits and is nothing else: the commonest, made for each operation."""
+
+    __slots__ = ("note", "packed")
+    mark = gate = make = tensor = None
+
+    def __init__(self, packed: bytes, note: Any) -> None:
+        self.packed, self.note = packed, note
+
+
 @dataclass(slots=True)
 class _Item:
     """A message that waits. ``make`` is given where it needs its place in the tensor table."""
@@ -106,7 +116,7 @@ class Sender:
     def __init__(self) -> None:
         self.sent = 0
         self.acknowledged = 0
-        self._queue: deque[_Item] = deque()
+        self._queue: deque[_Item | _Plain] = deque()
         self._unacknowledged: deque[_Sent] = deque()
         self._again: deque[_Sent] = deque()
         self._notes: dict[int, Sequence[Any]] = {}
@@ -138,7 +148,7 @@ class Sender:
                 "numbers as a tensor",
             )
         self._put_bytes += len(packed)
-        self._queue.append(_Item(packed, note))
+        self._queue.append(_Plain(packed, note))
 
     def put_tensor(
         self, make: Callable[[int], list[Any]], tensor: Outgoing, note: Any = None

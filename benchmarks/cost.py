@@ -1,0 +1,87 @@
+"""Where the time of one operation goes, and whether it grows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wsfed
+from wsfed.client.connection import Connection
+from wsfed.pointers.site import capture_site
+from wsfed.protocol.codec import pack
+
+__all__ = ["breakdown", "growth", "memory_of"]
+
+_COUNT = 5000
+
+
+def _microseconds(work: Callable[[], Any], count: int = _COUNT) -> float:
+    for _ in range(count // 10):
+        work()
+    begun = time.process_time()
+    for _ in range(count):
+        work()
+    return (time.process_time() - begun) / count * 1e6
+
+
+class _Intercepted(torch.Tensor):
+    """What a Tensor subclass costs that does nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None
+
+
+def _unconnected() -> wsfed.Worker:
+    """A worker's handle whose commands are queued and never leave."""
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    connection = Connection("nowhere:", never, asyncio.new_event_loop())
+    return wsfed.Worker("nobody", connection)
+
+
+def breakdown() -> dict[str, float]:
+    """Of ``x + y`` on pointers: µs of CPU of the client, by what they are for."""
+    worker = _unconnected()
+    x, y = worker.send(torch.ones(16)), worker.send(torch.ones(16))
+    bare = torch.empty(16, device="meta")
+    bare.__class__ = _Intercepted
+    meta = torch.empty(16, device="meta")
+    command = [33, 7, [1234], [[0, 12], [0, 13]], {}, 0]
+    local = torch.ones(16)
+    return {
+        "all of it": _microseconds(lambda: x + y),
+        "interception by torch": _microseconds(lambda: bare + bare),
+        "an empty meta tensor": _microseconds(
+            lambda: torch.empty_strided((16,), (1,), dtype=torch.float32, device=meta.device)
+        ),
+        "the user's line": _microseconds(capture_site),
+        "packing": _microseconds(lambda: pack(command)),
+        "the same in local torch": _microseconds(lambda: local + local),
+    }
+
+
+def growth() -> dict[str, float]:
+    """The cost of an operation does not depend on how many pointers there are."""
+    worker = _unconnected()
+    x = worker.send(torch.ones(16))
+    kept: list[Any] = []
+    found: dict[str, float] = {}
+    for many in (10, 1000, 100_000):
+        while len(kept) < many:
+            kept.append(x + 1.0)
+        found[f"{many:,}"] = _microseconds(lambda: x + x)
+    return found
+
+
+def memory_of(process: int) -> float:
+    """MiB that a process has in memory."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * 4096 / 2**20

@@ -1,0 +1,146 @@
+"""wsfed and in-process torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import wsfed
+from benchmarks.tasks import Task, loss_of
+from wsfed import sync
+
+__all__ = ["blocking", "bulk", "get_scalar", "in_process", "op_by_op", "small_ops", "worker"]
+
+
+@contextmanager
+def worker() -> Iterator[tuple[str, int]]:
+    """A worker process of one thread; gives its URL and its process."""
+    command = [sys.executable, "-m", "wsfed", "worker", "--json", "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())["url"], process.pid
+        finally:
+            process.terminate()
+
+
+def in_process(task: Task) -> Callable[[], float]:
+    """The step in this process."""
+    model, x, y = task.start()
+    optimizer = task.optimizer(model.parameters())
+
+    def repetition() -> float:
+        begun = time.perf_counter()
+        for _ in range(task.steps):
+            optimizer.zero_grad()
+            loss = loss_of(model, x, y)
+            loss.backward()
+            optimizer.step()
+        loss.item()
+        return time.perf_counter() - begun
+
+    return repetition
+
+
+def op_by_op(
+    task: Task, remote: wsfed.Worker, losses: str = "last"
+) -> Callable[[], Awaitable[float]]:
+    """The step through pointers.
+
+    Args:
+        task: what to do.
+        remote: where.
+        losses: ``"last"``: only the last loss is awaited; ``"asked"``: every one is asked for at
+            once and awaited at the end; ``"awaited"``: every one is awaited in its step.
+    """
+    model, x, y = task.start()
+    remote.send(model)
+    inputs, labels = remote.send(x), remote.send(y)
+    optimizer = task.optimizer(model.parameters())
+
+    async def repetition() -> float:
+        await remote.flush()
+        begun = time.perf_counter()
+        asked = []
+        for _ in range(task.steps):
+            optimizer.zero_grad()
+            loss = loss_of(model, inputs, labels)
+            loss.backward()
+            optimizer.step()
+            if losses != "last":
+                asked.append(loss.detach().get())  # type: ignore[attr-defined]
+            if losses == "awaited":
+                await asked[-1]
+            await asyncio.sleep(0)
+        await asyncio.gather(*asked, loss.detach().get())  # type: ignore[attr-defined]
+        return time.perf_counter() - begun
+
+    return repetition
+
+
+def blocking(task: Task, remote: sync.Worker) -> Callable[[], float]:
+    """The same in the blocking world."""
+    model, x, y = task.start()
+    remote.send(model)
+    inputs, labels = remote.send(x), remote.send(y)
+    optimizer = task.optimizer(model.parameters())
+
+    def repetition() -> float:
+        remote.flush()
+        begun = time.perf_counter()
+        for _ in range(task.steps):
+            optimizer.zero_grad()
+            loss = loss_of(model, inputs, labels)
+            loss.backward()
+            optimizer.step()
+        loss.detach().get()  # type: ignore[attr-defined]
+        return time.perf_counter() - begun
+
+    return repetition
+
+
+def small_ops(count: int, remote: wsfed.Worker) -> Callable[[], Awaitable[float]]:
+    """Additions that depend on each other."""
+    start = remote.send(torch.ones(16))
+
+    async def repetition() -> float:
+        begun = time.perf_counter()
+        value: Any = start
+        for number in range(count):
+            value = value + 1.0
+            if number % 500 == 0:
+                await asyncio.sleep(0)
+        await value
+        return time.perf_counter() - begun
+
+    return repetition
+
+
+async def get_scalar(remote: wsfed.Worker, count: int = 300) -> float:
+    """Seconds until the value of one number is here."""
+    number = remote.send(torch.tensor(1.0))
+    await number
+    begun = time.perf_counter()
+    for _ in range(count):
+        await number
+    return (time.perf_counter() - begun) / count
+
+
+async def bulk(remote: wsfed.Worker, nbytes: int) -> tuple[float, float]:
+    """Seconds for a tensor of so many bytes there, and back."""
+    tensor = torch.ones(nbytes // 4)
+    begun = time.perf_counter()
+    sent = remote.send(tensor)
+    await remote.flush()
+    up = time.perf_counter() - begun
+    begun = time.perf_counter()
+    await sent
+    return up, time.perf_counter() - begun

@@ -514,6 +514,22 @@ BY_CODE: Final[Mapping[int, type[Message]]] = MappingProxyType(
 )
 
 
+def _is_ordinary(code: int, op: Any, outs: Any, args: Any, kwargs: Any, mode: Any) -> bool:
+    """Whether this is an operation with one result, as most messages are, without a mistake."""
+    return (
+        type(op) is int
+        and 0 <= op <= limits.MAX_ID
+        and type(outs) is list
+        and len(outs) == 1
+        and _is_id(outs[0])
+        and type(args) is list
+        and type(kwargs) is dict
+        and not kwargs
+        and type(mode) is int
+        and 0 <= mode <= limits.MAX_ID
+    )
+
+
 def parse(raw: Any, kinds: Sequence[str]) -> Message:
     """Make a message of what msgpack unpacked.
 
@@ -522,6 +538,9 @@ def parse(raw: Any, kinds: Sequence[str]) -> Message:
     """
     if type(raw) is not list or not raw or type(raw[0]) is not int:
         raise RemoteProtocolError("malformed", "a message is an array that begins with its code")
+    is_short = raw[0] == Execute.code and len(raw) == 6 and COMMANDS in kinds
+    if is_short and _is_ordinary(*raw):
+        return Execute(*raw[1:])
     cls = BY_CODE.get(raw[0])
     if cls is None:
         raise RemoteProtocolError("unknown-message", f"there is no message {raw[0]}")

@@ -29,6 +29,7 @@ from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Outgoing
 from wsfed.protocol.stream import Incoming
+from wsfed.protocol.values import REF
 from wsfed.tensors import DTYPE_NAMES, describe, incoming, outgoing
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.modes import Modes, watched
@@ -101,6 +102,8 @@ class Interpreter:
         self._sizes = ResultSizes()
         self._modes = Modes(device)
         self._names: list[str] = []
+        #: The operations of these names, as far as there are some.
+        self._ops: list[Op | None] = []
         self._at = (0, 0)
 
     # --- running ---
@@ -123,13 +126,26 @@ class Interpreter:
         with torch.set_grad_enabled(True):
             for index in range(start, len(commands)):
                 self._at = (seq, index)
-                self._run_one(commands[index], tensors, outcome, cancelled())
+                command = commands[index]
+                if type(command) is m.Execute and not cancelled():
+                    self._run_operation(command, outcome)
+                else:
+                    self._run_one(command, tensors, outcome, cancelled())
                 outcome.next = index + 1
                 if outcome.replies and outcome.replies[-1].tensor is not None:
                     budget -= len(outcome.replies[-1].tensor.data)
                     if budget <= 0:
                         break
         return outcome
+
+    def _run_operation(self, command: m.Execute, outcome: Outcome) -> None:
+        """The commonest command."""
+        try:
+            self._execute(command)
+        except Poisoned as poisoned:
+            self._fail(command, poisoned.failure, outcome, first=False)
+        except Exception as error:
+            self._fail_first(command, self._name(command.op), self._given(command), error, outcome)
 
     def _run_one(
         self,
@@ -148,14 +164,37 @@ class Interpreter:
         except Poisoned as poisoned:
             self._fail(command, poisoned.failure, outcome, first=False)
         except Exception as error:
-            private = any(entry.labels for entry in seen)
-            if private and not isinstance(error, RemoteError | RemoteProtocolError):
-                error = RemoteError(CANNED, type=type(error).__name__)
-            shapes = [describe(e.value) for e in seen if isinstance(e.value, torch.Tensor)]
-            failure = poison_of(error, name, shapes, self._at)
-            # Whoever cancels knows it; only what is awaited tells.
-            told = isinstance(error, Cancelled)
-            self._fail(command, failure, outcome, first=not told)
+            self._fail_first(command, name, seen, error, outcome)
+
+    def _fail_first(
+        self,
+        command: m.Message,
+        name: str,
+        seen: Sequence[Entry],
+        error: Exception,
+        outcome: Outcome,
+    ) -> None:
+        """A command failed by itself; ``seen`` are the objects that it had."""
+        private = any(entry.labels for entry in seen)
+        if private and not isinstance(error, RemoteError | RemoteProtocolError):
+            error = RemoteError(CANNED, type=type(error).__name__)
+        shapes = [describe(e.value) for e in seen if isinstance(e.value, torch.Tensor)]
+        failure = poison_of(error, name, shapes, self._at)
+        # Whoever cancels knows it; only what is awaited tells.
+        self._fail(command, failure, outcome, first=not isinstance(error, Cancelled))
+
+    def _given(self, command: m.Execute) -> list[Entry]:
+        """The objects of an operation's arguments, up to the first that is not there."""
+        found: list[Entry] = []
+
+        def look(id: int) -> torch.Tensor:
+            found.append(self.store.entry(id))
+            return found[-1].value  # type: ignore[return-value]
+
+        with contextlib.suppress(Exception):
+            for value in (*command.args, *command.kwargs.values()):
+                decode(value, look, self._device)
+        return found
 
     def _fail(self, command: m.Message, failure: Failure, outcome: Outcome, *, first: bool) -> None:
         results = _results(command)
@@ -179,8 +218,6 @@ class Interpreter:
         outcome: Outcome,
     ) -> None:
         match command:
-            case m.Execute():
-                self._execute(command, name, seen)
             case m.Store():
                 self._store(command, tensors)
             case m.Delete(ids):
@@ -216,10 +253,18 @@ class Interpreter:
     def _name(self, op: str | int) -> str:
         """Operations are named once a session and numbered from then on."""
         if isinstance(op, str):
-            if len(self._names) < _MOST_NAMES:
-                self._names.append(op)
             return op
         return self._names[op] if op < len(self._names) else f"#{op}"
+
+    def _op(self, op: str | int) -> Op:
+        """The operation; a name is numbered as it comes, whether or not there is one."""
+        if type(op) is int and op < len(self._ops) and (known := self._ops[op]) is not None:
+            return known
+        if isinstance(op, str) and len(self._names) < _MOST_NAMES:
+            self._names.append(op)
+            self._ops.append(None)
+            self._ops[-1] = lookup(op)
+        return lookup(self._name(op))
 
     def _store(self, command: m.Store, tensors: Sequence[Incoming]) -> None:
         received = tensors[command.tensor]
@@ -232,35 +277,47 @@ class Interpreter:
             tensor.requires_grad_()
         self.store.put(command.id, tensor)
 
-    def _execute(self, command: m.Execute, name: str, seen: list[Entry]) -> None:
-        op = lookup(name)
+    def _execute(self, command: m.Execute) -> None:
+        op = self._op(command.op)
         labels = NO_LABELS
 
         def resolve(id: int) -> torch.Tensor:
             nonlocal labels
             entry = self.store.entry(id)
-            seen.append(entry)
-            labels |= entry.labels
+            if entry.labels:
+                labels |= entry.labels
             return entry.value  # type: ignore[return-value]
 
-        args = [decode(value, resolve, self._device) for value in command.args]
-        kwargs = {
-            key: decode(value, resolve, self._device) for key, value in command.kwargs.items()
-        }
-        op.check(kwargs)
-        size = self._sizes.of(op, args, kwargs)
-        if size:
+        args, kwargs = [], {}
+        for value in command.args:
+            kind = type(value)
+            if kind is list and len(value) == 2 and value[0] == REF and type(value[1]) is int:
+                args.append(resolve(value[1]))
+            elif kind is float or kind is bool or value is None:
+                args.append(value)
+            else:
+                args.append(decode(value, resolve, self._device))
+        if command.kwargs:
+            for key, value in command.kwargs.items():
+                kwargs[key] = decode(value, resolve, self._device)
+            op.check(kwargs)
+        if size := self._sizes.of(op, args, kwargs):
             self.store.check_room(size)
         result = self._call(op, args, kwargs, command.mode)
-        self._bind(command.outs, result, labels if holds_rows(op, result) else NO_LABELS)
-        if op.inplace and labels and args and isinstance(args[0], torch.Tensor):
-            self.store.label_storage(args[0], labels)
+        if labels:
+            self._bind(command.outs, result, labels if holds_rows(op, result) else NO_LABELS)
+            if op.inplace and args and isinstance(args[0], torch.Tensor):
+                self.store.label_storage(args[0], labels)
+        elif type(result) is torch.Tensor and len(command.outs) == 1:
+            _check_form(result)
+            self.store.put(command.outs[0], result)
+        else:
+            self._bind(command.outs, result, NO_LABELS)
 
     def _call(self, op: Op, args: list[Any], kwargs: dict[str, Any], mode: int) -> Any:
-        if mode:
-            with self._modes.entered(mode), self._drawing(op), watched(mode, _roots(op, args)):
-                return op.call(*args, **kwargs)
-        with self._modes.entered(mode), self._drawing(op):
+        if not mode and not op.random and not self._modes.in_region:
+            return op.call(*args, **kwargs) if kwargs else op.call(*args)
+        with self._modes.entered(mode), self._drawing(op), watched(mode, _roots(op, args)):
             return op.call(*args, **kwargs)
 
     def _drawing(self, op: Op) -> contextlib.AbstractContextManager[None]:
@@ -274,8 +331,7 @@ class Interpreter:
         if len(leaves) != len(outs):
             raise OpNotAllowed(f"it gave {len(leaves)} tensors where {len(outs)} were expected")
         for leaf in leaves:
-            if leaf.layout is not torch.strided or leaf.dtype not in DTYPE_NAMES:
-                raise OpNotAllowed(f"its result ({leaf.dtype}, {leaf.layout}) has no wire form")
+            _check_form(leaf)
         for id, leaf in zip(outs, leaves, strict=True):
             self.store.put(id, leaf, labels)
 
@@ -363,6 +419,11 @@ class Interpreter:
             raise NotFound(str(error.args[0]), op=f"batch of {command.name!r}") from None
         labels = NO_LABELS if dataset.open else frozenset({dataset.name})
         self._bind(command.outs, tuple(tensors), labels)
+
+
+def _check_form(result: torch.Tensor) -> None:
+    if result.layout is not torch.strided or result.dtype not in DTYPE_NAMES:
+        raise OpNotAllowed(f"its result ({result.dtype}, {result.layout}) has no wire form")
 
 
 def _roots(op: Op, args: Sequence[Any]) -> Sequence[torch.Tensor]:

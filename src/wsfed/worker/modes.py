@@ -27,6 +27,11 @@ class Modes:
         self._region = 0
         self._autocast = contextlib.ExitStack()
 
+    @property
+    def in_region(self) -> bool:
+        """Whether a region of autocast lasts."""
+        return self._region != 0
+
     @contextlib.contextmanager
     def entered(self, mode: int) -> Iterator[None]:
         """Run one command in its modes."""

@@ -32,6 +32,8 @@ class ResultSizes:
 
     def of(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """Bytes of results that are new memory; 0 where they cannot be many or are not known."""
+        if not kwargs and _are_few(args):
+            return 0
         leaves = list(_leaves((*args, *kwargs.values())))
         if _bound(leaves) <= _SMALL:
             return 0
@@ -42,6 +44,18 @@ class ResultSizes:
                 self._known.clear()
             known = self._known[key] = _infer(op, args, kwargs)
         return known
+
+
+def _are_few(args: Sequence[Any]) -> bool:
+    """The commonest case, told without looking into much: few elements and no large numbers."""
+    bound = _WIDEST
+    for arg in args:
+        kind = type(arg)
+        if kind is torch.Tensor:
+            bound *= arg.numel() or 1
+        elif (kind is not int and kind is not float) or not -1 <= arg <= 1:
+            return False
+    return bound <= _SMALL
 
 
 def _leaves(values: Sequence[Any]) -> Iterator[Any]:

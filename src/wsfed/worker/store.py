@@ -118,10 +118,15 @@ class Store:
             QuotaExceeded: the session's share is used up. Nothing is bound.
         """
         old = self._entries.get(id)
-        if old is not None and old.value is tensor:
+        size = tensor.nbytes
+        if old is None and not labels and self._estimate + size <= self._max_bytes:
+            if len(self._entries) < self._max_objects:
+                self._entries[id] = Entry(tensor)
+                self._estimate += size
+                return
+        elif old is not None and old.value is tensor:
             old.labels |= labels
             return
-        size = _size(tensor)
         if self._estimate + size - (_size(old.value) if old else 0) > self._max_bytes:
             self._check_bytes(id, tensor)
         if old is None and len(self._entries) >= self._max_objects:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.session import Opened, Role, Session, State, read_greeting
 from wsfed.protocol.stream import Delivery
@@ -133,7 +134,7 @@ class Pair:
                     assert data is not None
                     self.values.append(bytes(data))
         self.worker.processed(delivery.seq)
-        self.worker.request_ack()
+        self.worker.request_ack(-limits.ACK_SECONDS)
 
     def _at_client(self, data: bytes) -> None:
         for event in self.client.receive(data, self.now):
@@ -145,7 +146,7 @@ class Pair:
                 assert isinstance(reply, m.ValueReply)
                 self.replies.append(reply.request)
             self.client.processed(event.seq)
-            self.client.request_ack()
+            self.client.request_ack(-limits.ACK_SECONDS)
 
 
 def put_flushes(session: Session, numbers: range) -> None:

@@ -61,7 +61,7 @@ _EXECUTE: Final = m.Execute.code
 
 #: Deletes wait for company until there are so many, or of so many bytes, or until a frame leaves.
 _DELETES: Final = 32
-_DELETED_BYTES: Final = 64 * 1024
+_DELETED_BYTES: Final = 2 * 1024 * 1024
 #: The first wait before a connection is made again, and the longest, in seconds (full jitter).
 _BACK_OFF: Final = (0.1, 30.0)
 #: Turns of the loop in which a task that waits for this session hears of its end. What waits for
@@ -131,6 +131,7 @@ class Connection(Link):
         self._requests: dict[int, _Request] = {}
         self._released: deque[int] = deque()
         self._released_bytes = 0
+        self._most_released = _DELETED_BYTES
         self._names: dict[str, int] = {}
         self._dead: WsfedError | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -248,7 +249,7 @@ class Connection(Link):
         """
         if self._dead is not None:
             self._alive()
-        if self._released_bytes >= _DELETED_BYTES or len(self._released) >= _DELETES:
+        if self._released_bytes >= self._most_released or len(self._released) >= _DELETES:
             self._delete_released()
         if command[0] == _EXECUTE:
             name = command[1]
@@ -430,19 +431,19 @@ class Connection(Link):
         self.received_bytes += len(data)
         try:
             for event in self.session.receive(data, now):
-                self._handle(event)
+                self._handle(event, now)
         except RemoteProtocolError as error:
             self.broken(error, now)
         self.wake.set()
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event, now: float) -> None:
         match event:
             case Delivery():
                 for raw in event.messages:
                     self._replied(m.parse(raw, (m.REPLIES,)), event)
                 self.session.processed(event.seq)
                 if not self._requests:
-                    self.session.request_ack()
+                    self.session.request_ack(now)
             case Opened(worker, info, resumed):
                 self._was_live = True
                 if not resumed:
@@ -458,6 +459,8 @@ class Connection(Link):
 
     def _welcomed(self, worker: str, info: Mapping[str, Any]) -> None:
         self.info = {**info, "id": worker}
+        if type(most := info.get("max_memory")) is int:
+            self._most_released = min(_DELETED_BYTES, most // 16)
         try:
             self.device = torch.device(str(info.get("device", "cpu")))
         except RuntimeError as error:

@@ -33,6 +33,9 @@ _REFUSED_KEYWORDS: Final[Mapping[str, str]] = MappingProxyType(
 #: What functions written in Python call the tensor they change.
 _FIRST: Final = frozenset({"self", "input", "tensor"})
 
+#: Keywords that have to be looked at.
+_CAREFUL: Final = frozenset({*_REFUSED_KEYWORDS, *_FIRST, "device"})
+
 #: The shape of the result depends on a fractional number.
 _BY_FLOATS: Final = frozenset(
     {
@@ -75,7 +78,7 @@ class Op:
         Raises:
             OpNotAllowed: one of them may not.
         """
-        if not kwargs:
+        if _CAREFUL.isdisjoint(kwargs):
             return
         for keyword in _REFUSED_KEYWORDS.keys() & kwargs.keys():
             if kwargs[keyword] is not None and kwargs[keyword] is not False:

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ACK_EVERY_BYTES",
     "ACK_EVERY_FRAMES",
+    "ACK_SECONDS",
     "ALIGNMENT",
     "BATCH_BYTES",
     "CHUNK_BYTES",
@@ -92,6 +93,10 @@ WINDOW_FRAMES = 1024
 #: A receiver says how far it is after this many frames or bytes, if nothing else left earlier.
 ACK_EVERY_FRAMES = 32
 ACK_EVERY_BYTES = WINDOW_BYTES // 8
+
+#: Seconds after which it does so where there was less: a frame of its own for each frame would
+#: double the work of both sides.
+ACK_SECONDS = 0.05
 
 #: A worker starts no further command while replies of this size wait for the client.
 REPLY_BACKLOG_BYTES = WINDOW_BYTES

@@ -515,16 +515,14 @@ BY_CODE: Final[Mapping[int, type[Message]]] = MappingProxyType(
 
 
 def _is_ordinary(code: int, op: Any, outs: Any, args: Any, kwargs: Any, mode: Any) -> bool:
-    """Whether this is an operation with one result, as most messages are, without a mistake."""
+    """Whether this is an operation as most messages are: numbered, of few results, no mistakes."""
     return (
         type(op) is int
         and 0 <= op <= limits.MAX_ID
         and type(outs) is list
-        and len(outs) == 1
-        and _is_id(outs[0])
+        and (not outs or (len(outs) == 1 and _is_id(outs[0])))
         and type(args) is list
         and type(kwargs) is dict
-        and not kwargs
         and type(mode) is int
         and 0 <= mode <= limits.MAX_ID
     )

@@ -211,7 +211,7 @@ class Session:
         self._token = b""
         self._previous_token: bytes | None = None
         self._control: deque[list[Buffer]] = deque()
-        self._ack_asked = False
+        self._ack_due: float | None = None
         self._heard = self._said = self.detached_at = 0.0
 
     # --- connections ---
@@ -293,33 +293,37 @@ class Session:
         """Client: give up every command that was sent and has not started."""
         self._say(messages.Cancel(self.sender.sent))
 
-    def request_ack(self) -> None:
-        """Tell the peer soon how far this side is, even if nothing else is to be said."""
-        self._ack_asked = True
+    def request_ack(self, now: float) -> None:
+        """Tell the peer before long how far this side is, even if nothing else is to be said."""
+        if self._ack_due is None:
+            self._ack_due = now + limits.ACK_SECONDS
 
     def _say(self, message: messages.Message) -> None:
         self._control.append(encode(0, self.receiver.processed, [pack(message.wire())]))
 
     def next_frame(self, now: float) -> list[Buffer] | None:
         """The next frame to send on the connection, or ``None``."""
-        frame = self._next()
+        frame = self._next(now)
         if frame is not None:
             self._said = now
         return frame
 
-    def _next(self) -> list[Buffer] | None:
+    def _next(self, now: float) -> list[Buffer] | None:
         if self._control:
             return self._control.popleft()
         if self.state is not State.LIVE:
             return None
         frame = self.sender.next_frame(self._tell)
-        if frame is None and (self.receiver.owes_ack or (self._ack_asked and self.receiver.untold)):
+        is_due = self._ack_due is not None and now >= self._ack_due
+        if frame is None and (self.receiver.owes_ack or (is_due and self.receiver.untold)):
             frame = encode(0, self._tell(), [pack(messages.Ack().wire())])
+        elif is_due:
+            self._ack_due = None
         return frame
 
     def _tell(self) -> int:
         self.receiver.told()
-        self._ack_asked = False
+        self._ack_due = None
         return self.receiver.processed
 
     # --- receiving ---
@@ -391,7 +395,9 @@ class Session:
     def next_tick(self) -> float | None:
         """When :meth:`tick` has something to do, or ``None``."""
         if self.state in (State.GREETING, State.LIVE, State.RESUMING):
-            return min(self._said + self._heartbeat, self._heard + self._patience)
+            due = min(self._said + self._heartbeat, self._heard + self._patience)
+            is_owed = self._ack_due is not None and self.state is State.LIVE
+            return min(due, self._ack_due) if is_owed else due  # type: ignore[type-var]
         return None
 
     @property

@@ -36,6 +36,12 @@ class Executor:
         self._name, self._begin = name, begin
         self._work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._given = self._done = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was submitted is done; for the thread that submits."""
+        return self._given == self._done
 
     def submit(self, work: Callable[[], Any]) -> None:
         """Run ``work`` after everything submitted before; it must not raise."""
@@ -43,6 +49,7 @@ class Executor:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
             atexit.register(self._at_exit)
+        self._given += 1
         self._work.put(work)
 
     def end(self) -> None:
@@ -64,5 +71,6 @@ class Executor:
         self._begin()
         while (work := self._work.get()) is not None:
             work()
+            self._done += 1
             del work  # do not keep its tensors until the next piece comes
         atexit.unregister(self._at_exit)

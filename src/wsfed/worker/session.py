@@ -182,7 +182,7 @@ class WorkerSession:
             case Arrived(data):
                 return self._arrived(data, now)
             case Done(outcome):
-                return self._done(outcome)
+                return self._done(outcome, now)
             case Carried(carry, error):
                 self._carried(carry, error)
             case PeerLost():
@@ -227,7 +227,7 @@ class WorkerSession:
         ):
             raise RemoteProtocolError("unexpected", "this session only brings what is expected")
 
-    def _done(self, outcome: Outcome) -> list[Instruction]:
+    def _done(self, outcome: Outcome, now: float) -> list[Instruction]:
         self._running = False
         if not self._frames:  # closed meanwhile
             return []
@@ -239,7 +239,7 @@ class WorkerSession:
             self._frames.popleft()
             self.protocol.processed(frame.seq)
             if not self._frames:
-                self.protocol.request_ack()
+                self.protocol.request_ack(now)
         return list(outcome.carries)
 
     def _carried(self, carry: Carry, error: Exception | None) -> None:

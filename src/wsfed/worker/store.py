@@ -98,6 +98,11 @@ class Store:
         assert isinstance(value, torch.Tensor)
         return value
 
+    def nbytes(self, id: int) -> int:
+        """The size of the tensor under ``id``; 0 where there is none."""
+        entry = self._entries.get(id)
+        return 0 if entry is None else _size(entry.value)
+
     def tensors(self) -> dict[int, torch.Tensor]:
         """Every tensor there is now, by identifier; for any thread."""
         entries = list(self._entries.items())

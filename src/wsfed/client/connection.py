@@ -62,6 +62,10 @@ _EXECUTE: Final = m.Execute.code
 #: Deletes wait for company until there are so many, or of so many bytes, or until a frame leaves.
 _DELETES: Final = 32
 _DELETED_BYTES: Final = 2 * 1024 * 1024
+#: Commands that nobody waits for leave together: one frame in so many seconds, unless there are so
+#: many bytes of them.
+_COMPANY: Final = 0.001
+_COMPANY_BYTES: Final = 64 * 1024
 #: The first wait before a connection is made again, and the longest, in seconds (full jitter).
 _BACK_OFF: Final = (0.1, 30.0)
 #: Turns of the loop in which a task that waits for this session hears of its end. What waits for
@@ -127,6 +131,10 @@ class Connection(Link):
         self._was_live = False
         self._thread = threading.get_ident()
         self._poked = False
+        #: Somebody waits for what is queued.
+        self._is_urgent = False
+        self._left_at = 0.0
+        self._held_until: float | None = None
         self._ids = itertools.count(1)
         self._requests: dict[int, _Request] = {}
         self._released: deque[int] = deque()
@@ -327,6 +335,8 @@ class Connection(Link):
             self.issue(command, site)
         else:
             gate.put(command)
+        self._is_urgent = True
+        self._poke()
         return future
 
     def transfer(self, ids: Sequence[int], to: Link, new_ids: Sequence[int]) -> None:
@@ -398,17 +408,38 @@ class Connection(Link):
     @property
     def next_tick(self) -> float | None:
         """See :class:`~wsfed.transport.pump.End`."""
-        return self.session.next_tick
+        due = self.session.next_tick
+        if self._held_until is None or due is None:
+            return due
+        return min(due, self._held_until)
 
     def next_frame(self, now: float) -> Sequence[Buffer] | None:
         """See :class:`~wsfed.transport.pump.End`."""
+        if self._may_wait(now):
+            self._held_until = self._left_at + _COMPANY
+            return None
+        self._held_until = None
         self._poked = False  # what is put from now on may come too late for this frame
         if self._released and self.session.state is State.LIVE:
             self._delete_released()
         frame = self.session.next_frame(now)
         if frame is not None:
             self.sent_bytes += sum(map(len, frame))
+            self._left_at = now
+        else:
+            self._is_urgent = False
         return frame
+
+    def _may_wait(self, now: float) -> bool:
+        """Whether what is queued waits for company."""
+        return (
+            now - self._left_at < _COMPANY
+            and not self._is_urgent
+            and self._dead is None
+            and self.session.state is State.LIVE
+            and not self.session.has_control
+            and 0 < self.session.sender.waiting < _COMPANY_BYTES
+        )
 
     def tick(self, now: float) -> None:
         """See :class:`~wsfed.transport.pump.End`."""

@@ -293,6 +293,11 @@ class Session:
         """Client: give up every command that was sent and has not started."""
         self._say(messages.Cancel(self.sender.sent))
 
+    @property
+    def has_control(self) -> bool:
+        """Whether something waits that belongs to the session and not to its stream."""
+        return bool(self._control)
+
     def request_ack(self, now: float) -> None:
         """Tell the peer before long how far this side is, even if nothing else is to be said."""
         if self._ack_due is None:

@@ -189,6 +189,11 @@ class Sender:
         return bool(self._queue or self._again or self._upload)
 
     @property
+    def waiting(self) -> int:
+        """Bytes that were put and have not left yet."""
+        return self._put_bytes - self._left_bytes
+
+    @property
     def backlog(self) -> int:
         """Bytes that the peer has not acknowledged, waiting ones included."""
         return self._in_flight + self._put_bytes - self._left_bytes

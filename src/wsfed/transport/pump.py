@@ -100,7 +100,7 @@ async def _write(
             reader.result()  # the wire is lost
             return
         else:
-            await _sleep(end, due, now)
+            await _sleep(end, end.next_tick, now)
 
 
 async def _send(wire: Wire, frame: Sequence[Buffer]) -> None:

@@ -146,7 +146,7 @@ def _usual_error(call: _Call) -> Exception | None:
     if not _are_few(call.metas):
         return None
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]):
             call.run(_examples(call.metas, 0, 0.0), torch.device("cpu"))
     except _WRONG as usual:
         return usual
@@ -168,7 +168,7 @@ def _examples(metas: Sequence[Meta], whole: int, fraction: float | None) -> list
         memory = torch.full((extent,), filling or 0, dtype=meta.dtype)
         if filling is None:
             memory += torch.arange(extent).square().sin()
-        example = memory.as_strided(shape, meta.stride) if few else memory.view(shape)
+        example = memory.as_strided(shape, meta.stride).data if few else memory.view(shape).data
         if meta.requires_grad:
             example.requires_grad_()
             if not meta.is_leaf:

@@ -80,10 +80,10 @@ class Message:
 
     def wire(self, **changes: Any) -> list[Any]:
         """The message as msgpack sees it, with some fields changed."""
-        fields = (
-            changes[name] if name in changes else getattr(self, name) for name, _ in self.checks
-        )
-        return [self.code, *fields]
+        if not changes:
+            return [self.code, *[getattr(self, name) for name, _ in self.checks]]
+        given = [changes.get(name, getattr(self, name)) for name, _ in self.checks]
+        return [self.code, *given]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,15 +56,16 @@ async def pump(wire: Wire, end: End) -> str:
     The wire is closed on return.
     """
     loop = asyncio.get_running_loop()
-    reader = asyncio.ensure_future(_read(wire, end, loop))
+    reader, alarm = asyncio.ensure_future(_read(wire, end, loop)), _Alarm(end, loop)
     try:
-        await _write(wire, end, loop, reader)
+        await _write(wire, end, loop, reader, alarm)
     except WireLost as lost:
         return lost.reason
     except asyncio.CancelledError:
         await _say_goodbye(wire, end, loop)
         raise
     finally:
+        alarm.cancel()
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         await wire.close()
@@ -84,7 +85,11 @@ async def _read(wire: Wire, end: End, loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _write(
-    wire: Wire, end: End, loop: asyncio.AbstractEventLoop, reader: asyncio.Future[None]
+    wire: Wire,
+    end: End,
+    loop: asyncio.AbstractEventLoop,
+    reader: asyncio.Future[None],
+    alarm: _Alarm,
 ) -> None:
     while True:
         now = loop.time()
@@ -100,7 +105,7 @@ async def _write(
             reader.result()  # the wire is lost
             return
         else:
-            await _sleep(end, end.next_tick, now)
+            await alarm.wait(end.next_tick)
 
 
 async def _send(wire: Wire, frame: Sequence[Buffer]) -> None:
@@ -122,10 +127,28 @@ async def _say_goodbye(wire: Wire, end: End, loop: asyncio.AbstractEventLoop) ->
         return
 
 
-async def _sleep(end: End, due: float | None, now: float) -> None:
-    try:
-        async with asyncio.timeout(None if due is None else max(0.0, due - now)):
-            await end.wake.wait()
-    except TimeoutError:
-        return
-    end.wake.clear()
+class _Alarm:
+    """Wakes an end when it is due. Set anew only for an earlier time: to be woken too early does
+    no harm, and setting it for each frame would cost more than the frame.
+    """
+
+    def __init__(self, end: End, loop: asyncio.AbstractEventLoop) -> None:
+        self._end, self._loop = end, loop
+        self._handle: asyncio.TimerHandle | None = None
+
+    async def wait(self, due: float | None) -> None:
+        """Until the end is woken, by this or by something else."""
+        if due is not None and (self._handle is None or due < self._handle.when()):
+            self.cancel()
+            self._handle = self._loop.call_at(due, self._ring)
+        await self._end.wake.wait()
+        self._end.wake.clear()
+
+    def _ring(self) -> None:
+        self._handle = None
+        self._end.wake.set()
+
+    def cancel(self) -> None:
+        """Not any more."""
+        if self._handle is not None:
+            self._handle.cancel()

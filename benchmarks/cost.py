@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 import wsfed
 from wsfed.client.connection import Connection
+from wsfed.pointers import optimizers
 from wsfed.pointers.site import capture_site
 from wsfed.protocol.codec import pack
 
@@ -23,10 +26,10 @@ _COUNT = 5000
 def _microseconds(work: Callable[[], Any], count: int = _COUNT) -> float:
     for _ in range(count // 10):
         work()
-    begun = time.process_time()
+    begun = time.thread_time()
     for _ in range(count):
         work()
-    return (time.process_time() - begun) / count * 1e6
+    return (time.thread_time() - begun) / count * 1e6
 
 
 class _Intercepted(torch.Tensor):
@@ -37,19 +40,28 @@ class _Intercepted(torch.Tensor):
         return None
 
 
-def _unconnected() -> wsfed.Worker:
+@contextmanager
+def _unconnected() -> Iterator[wsfed.Worker]:
     """A worker's handle whose commands are queued and never leave."""
 
     async def never() -> Any:
         await asyncio.Event().wait()
 
-    connection = Connection("nowhere:", never, asyncio.new_event_loop())
-    return wsfed.Worker("nobody", connection)
+    loop = asyncio.new_event_loop()
+    try:
+        yield wsfed.Worker("nobody", Connection("nowhere:", never, loop))
+    finally:
+        optimizers.uninstall()
+        loop.close()
 
 
-def breakdown() -> dict[str, float]:
+def breakdown(count: int = 5000) -> dict[str, float]:
     """Of ``x + y`` on pointers: µs of CPU of the client, by what they are for."""
-    worker = _unconnected()
+    with _unconnected() as worker:
+        return _breakdown(worker, count)
+
+
+def _breakdown(worker: wsfed.Worker, count: int) -> dict[str, float]:
     x, y = worker.send(torch.ones(16)), worker.send(torch.ones(16))
     bare = torch.empty(16, device="meta")
     bare.__class__ = _Intercepted
@@ -57,27 +69,28 @@ def breakdown() -> dict[str, float]:
     command = [33, 7, [1234], [[0, 12], [0, 13]], {}, 0]
     local = torch.ones(16)
     return {
-        "all of it": _microseconds(lambda: x + y),
-        "interception by torch": _microseconds(lambda: bare + bare),
+        "all of it": _microseconds(lambda: x + y, count),
+        "interception by torch": _microseconds(lambda: bare + bare, count),
         "an empty meta tensor": _microseconds(
-            lambda: torch.empty_strided((16,), (1,), dtype=torch.float32, device=meta.device)
+            lambda: torch.empty_strided((16,), (1,), dtype=torch.float32, device=meta.device),
+            count,
         ),
-        "the user's line": _microseconds(capture_site),
-        "packing": _microseconds(lambda: pack(command)),
-        "the same in local torch": _microseconds(lambda: local + local),
+        "the user's line": _microseconds(capture_site, count),
+        "packing": _microseconds(lambda: pack(command), count),
+        "the same in local torch": _microseconds(lambda: local + local, count),
     }
 
 
 def growth() -> dict[str, float]:
     """The cost of an operation does not depend on how many pointers there are."""
-    worker = _unconnected()
-    x = worker.send(torch.ones(16))
-    kept: list[Any] = []
     found: dict[str, float] = {}
-    for many in (10, 1000, 100_000):
-        while len(kept) < many:
-            kept.append(x + 1.0)
-        found[f"{many:,}"] = _microseconds(lambda: x + x)
+    with _unconnected() as worker:
+        x, kept = worker.send(torch.ones(16)), list[Any]()
+        for many in (10, 1000, 100_000):
+            while len(kept) < many:
+                kept.append(x + 1.0)
+            gc.collect()  # Python's collector may be due just now, which is another cost
+            found[f"{many:,}"] = _microseconds(lambda: x + x)
     return found
 
 

@@ -508,7 +508,7 @@ async def test_two_sessions_on_one_worker_are_told_apart_from_two_workers() -> N
         (lambda x: x.untyped_storage(), "address"),
         (lambda x: x.register_hook(print), "runs no code of the client's; take gradients with"),
         (lambda x: x.apply_(abs), "code that the client would have to send"),
-        (lambda x: torch.empty_like(x), "uninitialised"),
+        (lambda x: x.new_empty_strided((2,), (1,)), "uninitialised"),
         (lambda x: x.resize_(9), "uninitialised"),
         (lambda x: x.as_strided((2,), (1,)), "uninitialised"),
         (lambda x: x.to_sparse(), "sparse"),

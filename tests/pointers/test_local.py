@@ -167,3 +167,10 @@ def test_a_new_tensor_is_written_to(bob: sync.VirtualWorker) -> None:
         result[0] = each * 2
         (result**2).sum().backward()
     assert_same_bits(remote.grad, x.grad)
+
+
+def test_memory_that_nobody_has_written_to_is_zero(bob: sync.VirtualWorker) -> None:
+    x = bob.send(torch.ones(2, 3))
+    for made in (torch.empty_like(x), x.new_empty(2, 3), x.new_empty((2, 3))):
+        assert_same_bits(made, torch.zeros(2, 3))
+    assert_same_bits(torch.empty_like(x, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))

@@ -173,12 +173,32 @@ def test_a_closure_gives_its_loss(bob: sync.VirtualWorker) -> None:
     bob.flush()
 
 
-def test_foreach_says_what_to_write(bob: sync.VirtualWorker) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"],
+)
+def test_optimizers_over_lists_step_as_those_of_torch(kind: str, bob: sync.VirtualWorker) -> None:
+    x = torch.randn(5, 3)
+    models = []
+    for send in (lambda value: value, bob.send):
+        model, _ = build("SGD")
+        send(model)
+        data = send(x)
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1, foreach=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(data) ** 2).sum().backward()
+            optimizer.step()
+        models.append(model)
+    assert_same_state(models[1], models[0])
+
+
+def test_fused_says_what_to_write(bob: sync.VirtualWorker) -> None:
     model, _ = build("SGD")
     bob.send(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     (model(bob.send(torch.randn(5, 3))) ** 2).sum().backward()
-    with pytest.raises(wsfed.OpNotAllowed, match="foreach=False"):
+    with pytest.raises(wsfed.OpNotAllowed, match="fused=False"):
         optimizer.step()
 
 

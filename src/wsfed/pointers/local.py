@@ -164,6 +164,46 @@ def _triplet_margin_with_distance_loss(
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
+# --- lists, and memory that nobody has written to -------------------------------------------------
+
+
+def _each(word: str) -> Callable[..., Any]:
+    """``torch._foreach_add_`` and its like, one by one: so the labels of each are known.
+
+    torch's CPU kernels do the same, so that the bits are equal.
+    """
+    takes_value = word in ("addcdiv_", "addcmul_")
+
+    def one(tensor: Any, *args: Any, **kwargs: Any) -> None:
+        if word == "maximum_":
+            tensor.clamp_(min=args[0])
+        elif word == "minimum_":
+            tensor.clamp_(max=args[0])
+        elif takes_value and len(args) == 3:
+            getattr(tensor, word)(*args[:2], value=args[2], **kwargs)
+        else:
+            getattr(tensor, word)(*args, **kwargs)
+
+    def answer(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        def part(value: Any, place: int) -> Any:
+            return value[place] if isinstance(value, list | tuple) else value
+
+        for place, tensor in enumerate(tensors):
+            here = [part(value, place) for value in args]
+            one(tensor, *here, **{key: part(value, place) for key, value in kwargs.items()})
+
+    return answer
+
+
+def _empty_like(input: Any, **kwargs: Any) -> Any:
+    """What is there may be anything: zeros, for what was there may be another session's."""
+    return torch.zeros_like(input, **kwargs)
+
+
+def _new_empty(input: Any, *size: Any, **kwargs: Any) -> Any:
+    return input.new_zeros(*size, **kwargs)
+
+
 def _found(name: str) -> Callable[..., Any] | None:
     """The function of a wire name, in the installed torch."""
     found: Any = torch
@@ -200,6 +240,11 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
     table[_T.__reduce_ex__] = _no_pickle
     table[_T.cpu] = _cpu
     table[torch.eye] = _eye
+    table[torch.empty_like] = _empty_like
+    table[_T.new_empty] = _new_empty
+    for name in dir(torch):
+        if name.startswith("_foreach_") and name.endswith("_"):
+            table[getattr(torch, name)] = _each(name.removeprefix("_foreach_"))
     table[_T.view_as] = _view_as
     table[torch.tensor_split] = table[_T.tensor_split] = _tensor_split
     table[F.triplet_margin_with_distance_loss] = _triplet_margin_with_distance_loss

@@ -14,6 +14,7 @@ from wsfed.protocol.modes import INFERENCE, NO_GRAD
 from wsfed.protocol.stream import Incoming
 from wsfed.tensors import DTYPES, outgoing
 from wsfed.worker.interpreter import Interpreter, Outcome
+from wsfed.worker.store import Poisoned
 
 ROWS = torch.arange(12.0).reshape(6, 2)
 BUDGET = 2**30
@@ -403,3 +404,20 @@ def test_open_rows_may_be_got_and_a_batch_is_a_copy(machine: Machine) -> None:
     assert torch.equal(value(machine.run(m.Get(9, 5))), torch.tensor([4, 5]))
     machine.run(m.Batch("public", ["x"], [7], None, 4, 1))
     assert torch.equal(value(machine.run(m.Get(9, 7))), ROWS[4:])
+
+
+def test_a_failure_leaves_an_argument_that_it_would_have_given_back(machine: Machine) -> None:
+    machine.store(1, ROWS)
+    (failed,) = machine.run(
+        m.Execute("torch.Tensor.to", [1], [[0, 1], [7, "cuda:0"]], {}, 0)
+    ).replies
+    assert isinstance(failed.message, m.Failed)
+    assert not failed.message.bound
+    assert torch.equal(machine.tensor(1), ROWS)
+
+
+def test_a_write_that_fails_leaves_nothing_to_be_read(machine: Machine) -> None:
+    machine.store(1, ROWS)
+    machine.run(execute("torch.Tensor.add_", 1, [0, 1], [0, 9]))
+    with pytest.raises(Poisoned):
+        machine.tensor(1)

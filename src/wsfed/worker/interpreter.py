@@ -24,7 +24,7 @@ from wsfed.errors import (
     RemoteProtocolError,
 )
 from wsfed.ops.arguments import decode
-from wsfed.ops.table import Op, lookup
+from wsfed.ops.table import OPS, Op, lookup
 from wsfed.protocol import limits, modes
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Outgoing
@@ -199,6 +199,9 @@ class Interpreter:
 
     def _fail(self, command: m.Message, failure: Failure, outcome: Outcome, *, first: bool) -> None:
         results = _results(command)
+        if first and isinstance(command, m.Execute) and not _writes(self._name(command.op)):
+            # What would have given its argument itself has not touched it.
+            results = [id for id in results if id not in self.store]
         self.store.poison(results, failure)
         request = getattr(command, "request", 0)
         if request:
@@ -426,6 +429,11 @@ class Interpreter:
             raise NotFound(str(error.args[0]), op=f"batch of {command.name!r}") from None
         labels = NO_LABELS if dataset.open else frozenset({dataset.name})
         self._bind(command.outs, tuple(tensors), labels)
+
+
+def _writes(name: str) -> bool:
+    op = OPS.get(name)
+    return op is not None and op.inplace
 
 
 def _check_form(result: torch.Tensor) -> None:

@@ -396,3 +396,20 @@ from wsfed import sync
 worker = sync.connect(sys.argv[1])
 worker.send(torch.ones(1)).get()
 """
+
+
+async def test_every_result_of_a_loop_comes_without_a_round_trip_a_step(
+    bob: wsfed.Worker, recorder: testing.Recorder
+) -> None:
+    x = bob.send(torch.zeros(3))
+    await bob.flush()
+    recorder.frames.clear()
+    told: list[float] = []
+    asked = []
+    for _ in range(50):
+        x = x + 1.0
+        asked.append(x.sum().get())
+        asked[-1].add_done_callback(lambda done: told.append(float(done.result())))
+    await asyncio.gather(*asked)
+    assert told == [3.0 * step for step in range(1, 51)]
+    assert recorder.round_trips <= 2

@@ -32,7 +32,7 @@ class ResultSizes:
 
     def of(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """Bytes of results that are new memory; 0 where they cannot be many or are not known."""
-        if not kwargs and _are_few(args):
+        if op.inplace or (not kwargs and _are_few(args)):
             return 0
         leaves = list(_leaves((*args, *kwargs.values())))
         if _bound(leaves) <= _SMALL:

@@ -165,7 +165,7 @@ async def test_a_second_connection_takes_over_from_one_that_nobody_reads(
 async def test_a_client_that_does_not_read_does_not_hold_up_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("wsfed.node._GOODBYE_SECONDS", 0.1)
+    monkeypatch.setattr("wsfed.node.hosted._GOODBYE_SECONDS", 0.1)
     async with wsfed.Node("bob") as ending:
         first, _ = await unread(ending)
     with pytest.raises(testing.WireLost):
@@ -385,7 +385,7 @@ async def test_moving_what_was_never_made_tells_the_first_cause(url: str) -> Non
 async def test_a_ticket_that_nobody_announced_opens_nothing(
     node: wsfed.Node, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsfed.node._TICKET_SECONDS", 0.1)
+    monkeypatch.setattr("wsfed.node.node._TICKET_SECONDS", 0.1)
     wire = await testing.dial(url)
     await wire.send(encode(0, 0, [pack(m.Hello(m.VERSION, None, b"x" * 16, "").wire())]))
     answer: Buffer = await wire.receive()

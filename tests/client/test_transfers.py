@@ -186,7 +186,7 @@ async def test_a_source_that_is_lost_does_not_leave_the_target_waiting(way: str)
 async def test_a_target_that_is_lost_does_not_leave_the_source_waiting(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsfed.node._TICKET_SECONDS", 0.2)
+    monkeypatch.setattr("wsfed.node.node._TICKET_SECONDS", 0.2)
     async with two_workers(way) as (bob, alice):
         await asyncio.gather(bob.flush(), alice.flush())
         moved = bob.send(torch.ones(3_000_000)).move(alice)

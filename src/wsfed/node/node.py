@@ -14,7 +14,6 @@ import os
 import platform
 import secrets
 import ssl as ssl_module
-import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -23,34 +22,22 @@ from typing import Any, Final
 import torch
 
 from wsfed.errors import RemoteProtocolError
+from wsfed.node.hosted import Attached, Hosted
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
-from wsfed.protocol.codec import Buffer, encode, pack
-from wsfed.protocol.session import Role, Session, State, read_greeting
-from wsfed.tensors import allocate
+from wsfed.protocol.codec import encode, pack
+from wsfed.protocol.session import read_greeting
 from wsfed.transport.carrier import carry
-from wsfed.transport.pump import pump
 from wsfed.transport.websocket import dial, is_loopback, listen
 from wsfed.transport.wire import Wire, WireLost
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.executor import Executor
-from wsfed.worker.interpreter import Carry, Interpreter, Outcome
+from wsfed.worker.interpreter import Carry, Interpreter
 from wsfed.worker.session import (
-    Arrived,
-    CancelUpTo,
     Carried,
-    Close,
-    Done,
-    Event,
-    Expect,
-    Instruction,
-    PeerLost,
-    Run,
-    Tick,
-    WorkerSession,
 )
 
-__all__ = ["Node", "default_max_memory"]
+__all__ = ["Node", "check_exposure", "default_max_memory"]
 
 _log = logging.getLogger("wsfed.node")
 
@@ -62,13 +49,7 @@ _MOST_TICKETS: Final = 256
 _TICKET_SECONDS: Final = 5.0
 #: Two workers that can reach each other do so within this time.
 _DIAL_SECONDS: Final = 3.0
-#: A client that is told goodbye reads it within this time, or is cut off.
-_GOODBYE_SECONDS: Final = 3.0
 _MAX_OBJECTS: Final = 4_000_000
-#: What is answered at once where the session's thread is idle: so few of these, of so many bytes.
-_READS: Final = frozenset({m.Delete, m.Flush, m.Get})
-_FEW: Final = 8
-_SMALL: Final = 4096
 
 
 def default_max_memory() -> int:
@@ -107,8 +88,8 @@ class Node:
         self._max_memory = max_memory if max_memory is not None else default_max_memory()
         self._token, self._direct = token, direct
         self._epoch = secrets.token_bytes(16)
-        self._sessions: dict[bytes, _Hosted] = {}
-        self._tickets: dict[bytes, asyncio.Future[tuple[_Hosted, Sequence[int]]]] = {}
+        self._sessions: dict[bytes, Hosted] = {}
+        self._tickets: dict[bytes, asyncio.Future[tuple[Hosted, Sequence[int]]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._closing = False
         self._ending: list[Executor] = []
@@ -193,7 +174,7 @@ class Node:
         if attached is not None:
             await attached.run(wire)
 
-    async def _greet(self, wire: Wire) -> _Attached | None:
+    async def _greet(self, wire: Wire) -> Attached | None:
         async with asyncio.timeout(limits.HANDSHAKE_SECONDS):
             greeting = read_greeting(await wire.receive())
         if isinstance(greeting, m.Resume):
@@ -209,19 +190,19 @@ class Node:
             raise RemoteProtocolError("busy", "the worker takes no more sessions now")
         return self._admit()
 
-    def _admit(self) -> _Attached:
+    def _admit(self) -> Attached:
         interpreter = Interpreter(
             self.device, self.datasets, max_bytes=self._max_memory, max_objects=_MAX_OBJECTS
         )
         # Asking for their number is what makes a new thread use torch's number of threads; its
         # first sums would come in another order otherwise.
         executor = Executor(f"wsfed {self.id}", torch.get_num_threads)
-        hosted = _Hosted(self, interpreter, executor)
+        hosted = Hosted(self, interpreter, executor)
         hosted.protocol.welcome(_now(), epoch=self._epoch, worker=self.id, info=self.info)
         self._sessions[hosted.protocol.id] = hosted
         return hosted.attach()
 
-    async def _resume(self, asked: m.Resume, wire: Wire) -> _Attached | None:
+    async def _resume(self, asked: m.Resume, wire: Wire) -> Attached | None:
         hosted = self._sessions.get(asked.session)
         if asked.epoch != self._epoch or hosted is None:
             restarted = asked.epoch != self._epoch
@@ -236,7 +217,7 @@ class Node:
 
     # --- tensors from other workers ---
 
-    async def _admit_carrier(self, ticket: bytes) -> _Attached:
+    async def _admit_carrier(self, ticket: bytes) -> Attached:
         try:
             async with asyncio.timeout(_TICKET_SECONDS):
                 target, ids = await self._ticket(ticket)
@@ -246,19 +227,19 @@ class Node:
             self._tickets.pop(ticket, None)
         if target.protocol.id not in self._sessions:
             raise RemoteProtocolError("ticket", "the session that expected this is over")
-        hosted = _Hosted(self, target.interpreter, target.executor, only=frozenset(ids))
+        hosted = Hosted(self, target.interpreter, target.executor, only=frozenset(ids))
         hosted.protocol.welcome(_now(), epoch=self._epoch, worker=self.id, info={})
         target.guests.add(hosted)
         return hosted.attach()
 
-    def _ticket(self, ticket: bytes) -> asyncio.Future[tuple[_Hosted, Sequence[int]]]:
+    def _ticket(self, ticket: bytes) -> asyncio.Future[tuple[Hosted, Sequence[int]]]:
         if ticket not in self._tickets:
             if len(self._tickets) >= _MOST_TICKETS:
                 raise RemoteProtocolError("busy", "too many transfers at once")
             self._tickets[ticket] = asyncio.get_running_loop().create_future()
         return self._tickets[ticket]
 
-    def expect(self, hosted: _Hosted, ticket: bytes, ids: Sequence[int]) -> None:
+    def expect(self, hosted: Hosted, ticket: bytes, ids: Sequence[int]) -> None:
         """A client announces that another worker will bring these objects."""
         try:
             future = self._ticket(ticket)
@@ -267,12 +248,12 @@ class Node:
         if not future.done():
             future.set_result((hosted, ids))
 
-    def carry(self, hosted: _Hosted, job: Carry) -> None:
+    def carry(self, hosted: Hosted, job: Carry) -> None:
         """Take tensors to another worker, and report to the session."""
         if self._tasks is not None:
             self._tasks.create_task(self._carry(hosted, job))
 
-    async def _carry(self, hosted: _Hosted, job: Carry) -> None:
+    async def _carry(self, hosted: Hosted, job: Carry) -> None:
         error: Exception | None = None
         try:
             if not self._direct:
@@ -285,7 +266,7 @@ class Node:
 
     # --- the end of sessions ---
 
-    def forget(self, hosted: _Hosted) -> None:
+    def forget(self, hosted: Hosted) -> None:
         """A session is over."""
         if self._sessions.pop(hosted.protocol.id, None) is not None:
             for guest in tuple(hosted.guests):
@@ -297,218 +278,8 @@ class Node:
             self._ending.append(hosted.executor)
 
 
-class _Hosted:
-    """A session, the thread that runs it, and the connection it has at the moment."""
-
-    def __init__(
-        self,
-        node: Node,
-        interpreter: Interpreter,
-        executor: Executor,
-        only: frozenset[int] | None = None,
-    ) -> None:
-        self.node, self.interpreter, self.executor = node, interpreter, executor
-        #: Sessions that bring tensors to this one; they use its thread, and end with it.
-        self.guests: weakref.WeakSet[_Hosted] = weakref.WeakSet()
-        self._is_guest = only is not None
-        self.protocol = Session(Role.WORKER, self._allocate)
-        self._session = WorkerSession(self.protocol, only=only)
-        self._cancelled = 0
-        self._is_reading = False
-        self._loop = asyncio.get_running_loop()
-        self._attached: _Attached | None = None
-        self._expiry: asyncio.TimerHandle | None = None
-
-    def _allocate(self, nbytes: int) -> memoryview | None:
-        unfinished = self.protocol.receiver.unfinished_bytes
-        return allocate(nbytes) if self.interpreter.store.has_room(unfinished + nbytes) else None
-
-    # --- connections ---
-
-    def attach(self) -> _Attached:
-        """A connection is there."""
-        if self._expiry is not None:
-            self._expiry.cancel()
-        self._attached = _Attached(self)
-        return self._attached
-
-    async def fence(self) -> None:
-        """Another connection takes over: end the one there is."""
-        if self._attached is not None:
-            await self._attached.fence()
-
-    def detach(self, attached: _Attached) -> None:
-        """A connection has ended."""
-        if self._attached is not attached:
-            return
-        self._attached = None
-        if self.protocol.state is State.LIVE:
-            self.handle(PeerLost())
-            self._expiry = self._loop.call_later(limits.SESSION_TTL_SECONDS, self._expire)
-
-    def _expire(self) -> None:
-        self.handle(Tick())
-
-    def say_goodbye(self, reason: str) -> None:
-        """End the session, telling the client."""
-        self.protocol.end(reason)
-        self._wake()
-
-    def refuse(self, error: RemoteProtocolError) -> None:
-        """End the session because the client sent what is no message."""
-        self.protocol.refuse(error.code, error.reason)
-        self.node.forget(self)
-
-    async def left(self) -> None:
-        """Wait until the connection is closed, and close it if the client does not read."""
-        if (attached := self._attached) is None:
-            return
-        try:
-            async with asyncio.timeout(_GOODBYE_SECONDS):
-                await attached.done.wait()
-        except TimeoutError:
-            await attached.fence()
-
-    def _wake(self) -> None:
-        if self._attached is not None:
-            self._attached.wake.set()
-
-    # --- events in, instructions out ---
-
-    def handle(self, event: Event) -> None:
-        """Feed the session and do what it says."""
-        for instruction in self._session.handle(event, _now()):
-            self._follow(instruction)
-        self._wake()
-
-    def _follow(self, instruction: Instruction) -> None:
-        match instruction:
-            case Run() if self._is_light(instruction):
-                self._is_reading = True
-                try:
-                    self.handle(Done(self._run(instruction)))
-                finally:
-                    self._is_reading = False
-            case Run():
-                self.executor.submit(lambda: self._work(instruction))
-            case CancelUpTo(seq):
-                self._cancelled = max(self._cancelled, seq)
-            case Expect(ticket, ids):
-                self.node.expect(self, ticket, ids)
-            case Carry():
-                self.node.carry(self, instruction)
-            case Close(reason, forget):
-                self._close(reason, forget)
-
-    def _close(self, reason: str, forget: bool) -> None:
-        _log.info("worker %s: a connection ends: %s", self.node.id, reason)
-        if forget:
-            self.node.forget(self)
-        if self._attached is not None:
-            self._attached.closing = True
-
-    def _is_light(self, run: Run) -> bool:
-        """Whether this only tells of small things that are there: a thread would take longer."""
-        if self._is_reading or len(run.commands) > _FEW or not self.executor.is_idle:
-            return False
-        is_read = all(type(command) in _READS for command in run.commands)
-        return is_read and self._are_small(run)
-
-    def _are_small(self, run: Run) -> bool:
-        if self.node.device.type != "cpu":
-            return False
-        wanted = [command.id for command in run.commands if type(command) is m.Get]
-        return all(self.interpreter.store.nbytes(id) <= _SMALL for id in wanted)
-
-    def _work(self, run: Run) -> None:
-        """In the executor's thread."""
-        self._report(self._run(run))
-
-    def _run(self, run: Run) -> Outcome:
-        return self.interpreter.run(
-            0 if self._is_guest else run.seq,  # the frames that failures name are the client's
-            run.commands,
-            run.tensors,
-            run.start,
-            run.budget,
-            lambda: run.seq <= self._cancelled or self.executor.ending,
-        )
-
-    def _report(self, outcome: Outcome) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self.handle, Done(outcome))
-        except RuntimeError:
-            _log.debug("the event loop ended before the work did")
-
-
-def _is_of(ticket: asyncio.Future[tuple[_Hosted, Sequence[int]]], hosted: _Hosted) -> bool:
+def _is_of(ticket: asyncio.Future[tuple[Hosted, Sequence[int]]], hosted: Hosted) -> bool:
     return ticket.done() and not ticket.cancelled() and ticket.result()[0] is hosted
-
-
-class _Attached:
-    """A connection of a hosted session (:class:`~wsfed.transport.pump.End`)."""
-
-    def __init__(self, hosted: _Hosted) -> None:
-        self._hosted = hosted
-        self.wake = asyncio.Event()
-        self.done = asyncio.Event()
-        self.closing = False
-        self._fenced = False
-        self._wire: Wire | None = None
-
-    async def run(self, wire: Wire) -> None:
-        """Until the connection ends."""
-        self._wire = wire
-        try:
-            await pump(wire, self)
-        finally:
-            self.done.set()
-            self._hosted.detach(self)
-
-    async def fence(self) -> None:
-        """End at once, even in the middle of a message that nobody reads."""
-        self._fenced = True
-        self.wake.set()
-        if self._wire is not None:
-            await self._wire.close("cut off by the worker")
-        await self.done.wait()
-
-    @property
-    def over(self) -> bool:
-        """See :class:`~wsfed.transport.pump.End`."""
-        return self._fenced or self.closing or self._hosted.protocol.state is State.GONE
-
-    def leave(self) -> None:
-        """See :class:`~wsfed.transport.pump.End`."""
-        if self._hosted.protocol.state is not State.GONE:
-            self._hosted.say_goodbye("the worker's program has ended")
-
-    @property
-    def next_tick(self) -> float | None:
-        """See :class:`~wsfed.transport.pump.End`."""
-        return None if self._fenced else self._hosted.protocol.next_tick
-
-    def next_frame(self, now: float) -> Sequence[Buffer] | None:
-        """See :class:`~wsfed.transport.pump.End`."""
-        return None if self._fenced else self._hosted.protocol.next_frame(now)
-
-    def arrived(self, data: Buffer, now: float) -> None:
-        """See :class:`~wsfed.transport.pump.End`."""
-        if not self._fenced:
-            self._hosted.handle(Arrived(data))
-
-    def broken(self, error: Exception, now: float) -> None:
-        """See :class:`~wsfed.transport.pump.End`."""
-        if isinstance(error, RemoteProtocolError):
-            self._hosted.refuse(error)
-        else:
-            _log.error("a connection broke", exc_info=error)
-        self.closing = True
-        self.wake.set()
-
-    def tick(self, now: float) -> None:
-        """See :class:`~wsfed.transport.pump.End`."""
-        self._hosted.handle(Tick())
 
 
 def _now() -> float:

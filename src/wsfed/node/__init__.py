@@ -1,0 +1,7 @@
+"""A worker node: sessions, their threads, and the connections that come and go."""
+
+from __future__ import annotations
+
+from wsfed.node.node import Node, check_exposure, default_max_memory
+
+__all__ = ["Node", "check_exposure", "default_max_memory"]

@@ -118,7 +118,10 @@ def message_of(error: Exception) -> str:
 
 
 #: torch has several texts for what may not be written to because of whose memory it is.
-_MEMORY: Final = ("is a view and", "a view of a leaf Variable", "unsupported operation: some elem")
+_MEMORY: Final = (
+    *("is a view and", "leaf Variable that requires grad", "A view was created"),
+    "unsupported operation: ",
+)
 _SHARED: Final = "this memory may not be written to"
 
 

@@ -27,7 +27,7 @@ def assert_same_bits(remote: torch.Tensor, local: torch.Tensor) -> None:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 

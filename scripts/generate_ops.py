@@ -48,7 +48,8 @@ ALSO: Final = frozenset(
     """
     Tensor.data.__set__ Tensor.grad.__set__ Tensor.imag.__set__ Tensor.new_full Tensor.new_ones
     Tensor.new_tensor Tensor.new_zeros Tensor.real.__set__ Tensor.requires_grad.__set__
-    Tensor.unflatten _C._nn.pad_sequence _pack_padded_sequence _pad_packed_sequence _weight_norm
+    Tensor.unflatten _C._nn.pad_sequence _is_all_true _is_any_true
+    _pack_padded_sequence _pad_packed_sequence _weight_norm
     autograd.grad fill mm nn.functional.hardsigmoid nn.functional.hardswish
     nn.functional.sigmoid nn.functional.tanh nn.functional.upsample
     nn.functional.upsample_bilinear nn.functional.upsample_nearest normal rand_like randint_like

@@ -526,3 +526,16 @@ def test_what_torch_gives_no_gradient_has_none(bob: sync.VirtualWorker) -> None:
         z = x.detach().requires_grad_()
         torch.linalg.vector_norm(z, 0).backward()
         assert (x.grad is None, y.grad is None, z.grad is None) == (False, False, True)
+
+
+def test_a_frozen_leaf_keeps_its_gradient(pair: tuple[torch.Tensor, Any]) -> None:
+    local, remote = pair
+    for x in pair:
+        (x * 3).sum().backward()
+        x.requires_grad_(False)
+    assert_same_grad(remote, local)
+    for x in pair:
+        x.grad = None
+        x.requires_grad_(True)
+        (x * 3).sum().backward()
+    assert_same_grad(remote, local)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
-from tests.pointers.oracle import assert_same_bits, check
+from tests.pointers.oracle import assert_same, assert_same_bits, check
 from wsfed import sync
 from wsfed.pointers import calls
 from wsfed.protocol import limits
@@ -710,3 +710,19 @@ def test_a_constant_that_is_too_large_frees_those_before_it(bob: sync.VirtualWor
     bob.flush()
     bob.flush()
     assert len(hosted.interpreter.store) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32], ids=str)
+def test_a_local_tensor_is_indexed_by_a_pointer(
+    dtype: torch.dtype, bob: sync.VirtualWorker
+) -> None:
+    local, places = torch.eye(3).to(dtype), torch.tensor([2, 0])
+    assert_same(local[bob.send(places)], local[places])
+    assert_same(local[:, bob.send(places)], local[:, places])
+    assert_same(local[bob.send(places), bob.send(places)], local[places, places])
+
+
+def test_a_mask_there_beside_other_indices(bob: sync.VirtualWorker) -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    mask, places = torch.tensor([True, True]), torch.tensor([1, 0])
+    assert_same(bob.send(x)[bob.send(mask), places], x[mask, places])

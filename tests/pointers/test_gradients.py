@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import functional
 
 import wsfed
@@ -131,3 +133,18 @@ async def test_nothing_waits(carol: wsfed.VirtualWorker) -> None:
     x, y = leaves(carol)
     (slope,) = torch.autograd.grad((x * y).sum(), x)
     assert torch.equal(await slope, Y)
+
+
+def test_what_a_penalty_does_not_depend_on_has_no_gradient(bob: sync.VirtualWorker) -> None:
+    torch.manual_seed(0)
+    local = nn.Linear(3, 1)
+    remote = copy.deepcopy(local)
+    bob.send(remote)
+    for model, x in ((local, X.clone()), (remote, bob.send(X))):
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        assert [p.grad is None for p in model.parameters()] == [False, True]
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    sync.get(remote)
+    assert torch.equal(remote.weight, local.weight)

@@ -251,3 +251,39 @@ async def test_values_that_are_here_tell_the_shape(carol: wsfed.VirtualWorker) -
     repeated = x.repeat_interleave(torch.tensor([1, 2, 0]), 0)
     assert repeated.shape == (3, 2)
     assert torch.equal(await repeated, torch.tensor([[0.0, 1.0], [2.0, 3.0], [2.0, 3.0]]))
+
+
+def test_lengths_that_are_there_are_fetched(bob: sync.VirtualWorker) -> None:
+    padded, lengths = torch.randn(5, 3, 4), torch.tensor([2, 5, 3])
+    local = rnn.pack_padded_sequence(padded, lengths, enforce_sorted=False)
+    remote = rnn.pack_padded_sequence(bob.send(padded), bob.send(lengths), enforce_sorted=False)
+    assert torch.equal(remote.data.get(), local.data)
+    assert torch.equal(remote.batch_sizes, local.batch_sizes)
+
+
+async def test_lengths_that_are_there_are_awaited_first(carol: wsfed.VirtualWorker) -> None:
+    padded, lengths = carol.send(torch.randn(5, 3, 4)), carol.send(torch.tensor([5, 3, 2]))
+    with pytest.raises(wsfed.ValueNeeded, match="pack_padded_sequence"):
+        rnn.pack_padded_sequence(padded, lengths)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_evaluates_with_a_mask_of_padding(bob: sync.VirtualWorker) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    ).eval()
+    x, mask = torch.randn(2, 4, 8), torch.zeros(2, 4, dtype=torch.bool)
+    mask[1, 3] = True
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=mask)
+        bob.send(encoder)
+        got = encoder(bob.send(x), src_key_padding_mask=bob.send(mask)).get()
+    torch.testing.assert_close(got[~mask], expected[~mask])  # torch takes a short cut here
+
+
+def test_distributions_check_what_they_are_given(bob: sync.VirtualWorker) -> None:
+    mean, value = torch.tensor([0.0, 1.0]), torch.tensor([0.5, -1.0])
+    expected = torch.distributions.Normal(mean, 1.0).log_prob(value)
+    got = torch.distributions.Normal(bob.send(mean), 1.0).log_prob(bob.send(value))
+    assert torch.equal(got.get(), expected)

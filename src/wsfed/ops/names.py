@@ -140,44 +140,44 @@ _TORCH: Final = """
     _foreach_mm _foreach_mul _foreach_neg _foreach_norm _foreach_pow _foreach_powsum
     _foreach_reciprocal _foreach_round _foreach_rsqrt _foreach_sigmoid _foreach_sign
     _foreach_sin _foreach_sinh _foreach_sqrt _foreach_sub _foreach_tan _foreach_tanh
-    _foreach_trunc _pack_padded_sequence _pad_packed_sequence _weight_norm abs absolute acos
-    acosh adaptive_max_pool1d add addbmm addcdiv addcmul addmm addmv addr adjoint
-    affine_grid_generator alias_copy all alpha_dropout amax amin aminmax angle any arccos
-    arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan
-    atan2 atanh baddbmm batch_norm bernoulli binary_cross_entropy_with_logits bincount binomial
-    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm
-    broadcast_to bucketize cat ceil celu cholesky cholesky_inverse cholesky_solve chunk clamp
-    clamp_max clamp_min clip clone column_stack combinations complex concat concatenate conj
-    conj_physical constant_pad_nd convolution copysign corrcoef cos cosh cosine_embedding_loss
-    count_nonzero cov cross ctc_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad
-    det detach detach_copy diag diag_embed diagflat diagonal diagonal_copy diagonal_scatter diff
-    digamma dist div divide dot dropout dsplit dstack embedding embedding_bag eq erf erfc erfinv
-    exp exp2 expand_copy expm1 feature_alpha_dropout feature_dropout fill fix flatten flip
-    fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp frobenius_norm
-    full_like gather gcd ge geqrf ger gradient greater greater_equal grid_sampler
-    grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt hash_tensor heaviside
-    hinge_embedding_loss histc histogram histogramdd hsplit hstack hypot i0 igamma igammac imag
-    index_add index_copy index_fill index_put index_reduce index_select inner instance_norm
-    inverse isclose isfinite isin isinf isnan isneginf isposinf isreal kl_div kron kthvalue
-    layer_norm lcm ldexp le lerp less less_equal lgamma lobpcg log log10 log1p log2 log_softmax
-    logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor
-    logit logsumexp lstm lstm_cell lt lu_solve lu_unpack margin_ranking_loss masked_fill
-    masked_scatter masked_select matmul matrix_exp matrix_power max max_pool1d
-    max_pool1d_with_indices max_pool2d max_pool3d maximum mean median min minimum mm mode
-    moveaxis movedim msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian
-    nanquantile nansum narrow narrow_copy native_dropout native_group_norm native_layer_norm
-    native_norm ne neg negative nextafter nonzero nonzero_static norm_except_dim normal
-    not_equal nuclear_norm ones_like orgqr ormqr outer permute permute_copy pinverse poisson
-    poisson_nll_loss polar polygamma positive pow prod put qr quantile rad2deg rand_like
-    randint_like randn_like ravel real reciprocal relu remainder renorm repeat_interleave
-    reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll
-    rot90 round row_stack rrelu rsqrt rsub scatter scatter_add scatter_reduce searchsorted
-    select select_copy select_scatter selu sgn sigmoid sign signbit sin sinc sinh slice_copy
-    slice_scatter slogdet softmax sort split_copy split_with_sizes split_with_sizes_copy sqrt
-    square squeeze squeeze_copy stack std std_mean sub subtract sum svd swapaxes swapdims t
-    t_copy take take_along_dim tan tanh tensor_split threshold tile topk trace transpose
-    transpose_copy trapezoid trapz triangular_solve tril triplet_margin_loss triu true_divide
-    trunc unbind unbind_copy unflatten unfold_copy unsafe_chunk unsafe_split
+    _foreach_trunc _is_all_true _is_any_true _pack_padded_sequence _pad_packed_sequence
+    _weight_norm abs absolute acos acosh adaptive_max_pool1d add addbmm addcdiv addcmul addmm
+    addmv addr adjoint affine_grid_generator alias_copy all alpha_dropout amax amin aminmax
+    angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort
+    argwhere asin asinh atan atan2 atanh baddbmm batch_norm bernoulli
+    binary_cross_entropy_with_logits bincount binomial bitwise_and bitwise_left_shift
+    bitwise_not bitwise_or bitwise_right_shift bitwise_xor bmm broadcast_to bucketize cat ceil
+    celu cholesky cholesky_inverse cholesky_solve chunk clamp clamp_max clamp_min clip clone
+    column_stack combinations complex concat concatenate conj conj_physical constant_pad_nd
+    convolution copysign corrcoef cos cosh cosine_embedding_loss count_nonzero cov cross
+    ctc_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad det detach detach_copy
+    diag diag_embed diagflat diagonal diagonal_copy diagonal_scatter diff digamma dist div
+    divide dot dropout dsplit dstack embedding embedding_bag eq erf erfc erfinv exp exp2
+    expand_copy expm1 feature_alpha_dropout feature_dropout fill fix flatten flip fliplr flipud
+    float_power floor floor_divide fmax fmin fmod frac frexp frobenius_norm full_like gather gcd
+    ge geqrf ger gradient greater greater_equal grid_sampler grid_sampler_2d grid_sampler_3d
+    group_norm gru gru_cell gt hash_tensor heaviside hinge_embedding_loss histc histogram
+    histogramdd hsplit hstack hypot i0 igamma igammac imag index_add index_copy index_fill
+    index_put index_reduce index_select inner instance_norm inverse isclose isfinite isin isinf
+    isnan isneginf isposinf isreal kl_div kron kthvalue layer_norm lcm ldexp le lerp less
+    less_equal lgamma lobpcg log log10 log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp
+    logdet logical_and logical_not logical_or logical_xor logit logsumexp lstm lstm_cell lt
+    lu_solve lu_unpack margin_ranking_loss masked_fill masked_scatter masked_select matmul
+    matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool3d maximum
+    mean median min minimum mm mode moveaxis movedim msort mul multinomial multiply mv mvlgamma
+    nan_to_num nanmean nanmedian nanquantile nansum narrow narrow_copy native_dropout
+    native_group_norm native_layer_norm native_norm ne neg negative nextafter nonzero
+    nonzero_static norm_except_dim normal not_equal nuclear_norm ones_like orgqr ormqr outer
+    permute permute_copy pinverse poisson poisson_nll_loss polar polygamma positive pow prod put
+    qr quantile rad2deg rand_like randint_like randn_like ravel real reciprocal relu remainder
+    renorm repeat_interleave reshape resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell
+    rnn_tanh rnn_tanh_cell roll rot90 round row_stack rrelu rsqrt rsub scatter scatter_add
+    scatter_reduce searchsorted select select_copy select_scatter selu sgn sigmoid sign signbit
+    sin sinc sinh slice_copy slice_scatter slogdet softmax sort split_copy split_with_sizes
+    split_with_sizes_copy sqrt square squeeze squeeze_copy stack std std_mean sub subtract sum
+    svd swapaxes swapdims t t_copy take take_along_dim tan tanh tensor_split threshold tile topk
+    trace transpose transpose_copy trapezoid trapz triangular_solve tril triplet_margin_loss
+    triu true_divide trunc unbind unbind_copy unflatten unfold_copy unsafe_chunk unsafe_split
     unsafe_split_with_sizes unsqueeze unsqueeze_copy vander var var_mean vdot view_as_complex
     view_as_complex_copy view_as_real view_as_real_copy view_copy vsplit vstack where xlogy
     zero_ zeros_like

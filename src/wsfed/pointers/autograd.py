@@ -21,12 +21,18 @@ class Node:
         retains: a non-leaf that keeps its gradient.
         generation: counts the times the worker has replaced the gradient by a new tensor.
         grad_parents: what the gradient itself depends on, where it is part of a graph.
+        is_guess: it stands for a gradient, of which only the worker knows on what it depends.
+        is_sure: the worker has a gradient for certain, not only if the guess is right.
     """
 
-    __slots__ = ("generation", "grad_parents", "has_grad", "parents", "retains")
+    __slots__ = (
+        *("generation", "grad_parents", "has_grad", "is_guess", "is_sure", "parents", "retains"),
+    )
 
-    def __init__(self, parents: tuple[Node, ...] = ()) -> None:
+    def __init__(self, parents: tuple[Node, ...] = (), *, is_guess: bool = False) -> None:
         self.parents = parents
+        self.is_guess = is_guess
+        self.is_sure = True
         self.has_grad = False
         self.retains = False
         self.generation = 0
@@ -44,20 +50,22 @@ def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -
         only: the leaves it was restricted to, if it was.
         create_graph: gradients were added to by a new tensor instead of in place.
     """
-    seen: set[Node] = set()
     begun = tuple(roots)
-    pending = list(begun)
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if _keeps(node, only):
-            if create_graph:
-                node.generation += node.has_grad
-                node.grad_parents += begun
-            node.has_grad = True
-        pending.extend(node.parents)
+    seen: set[Node] = set()
+    guessed: list[Node] = []
+    for is_sure, pending in ((True, list(begun)), (False, guessed)):
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if _keeps(node, only):
+                if create_graph:
+                    node.generation += node.has_grad
+                    node.grad_parents += begun
+                node.is_sure = is_sure or (node.has_grad and node.is_sure)
+                node.has_grad = True
+            (guessed if node.is_guess else pending).extend(node.parents)
 
 
 def _keeps(node: Node, only: set[Node] | None) -> bool:

@@ -295,7 +295,8 @@ def _values(
     found = {
         place: tensor.detach().cpu()
         for place, tensor in enumerate(tensors)
-        if type(tensor) is not _pointer_class and tells(tensor) and not tensor.is_meta
+        # The first one is what is indexed, packed, repeated.
+        if place and type(tensor) is not _pointer_class and tells(tensor) and not tensor.is_meta
     }
     key += [(place, tuple(tensor.flatten().tolist())) for place, tensor in found.items()]
     return found
@@ -498,10 +499,12 @@ def _change(tensor: Any, meta: Meta, parents: tuple[Node, ...]) -> None:
     """An argument has another shape, or another place in the graph."""
     if type(tensor) is not _pointer_class:
         return
+    state = tensor.__dict__
+    node: Node | None = state.get("_node")
     if meta.requires_grad and not meta.is_leaf:
-        tensor.__dict__["_node"] = Node(parents)
-    elif not meta.requires_grad or not tensor._meta.requires_grad:
-        tensor.__dict__["_node"] = None
+        state["_node"] = Node(parents)
+    elif node is not None and node.parents:
+        state["_node"] = None  # a leaf keeps its own, and its gradient, whether frozen or not
     tensor._set_meta(meta)
 
 

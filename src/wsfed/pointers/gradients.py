@@ -139,7 +139,7 @@ def _result(link: Link, like: Any, parents: tuple[Node, ...]) -> Any:
         intern_meta(meta.shape, meta.stride, meta.dtype, not is_leaf, is_leaf),
     )
     if parents:
-        result.__dict__["_node"] = Node(parents)
+        result.__dict__["_node"] = Node(parents, is_guess=True)
     return result
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch.utils import _pytree as pytree
 
-from wsfed.pointers.shapes import TENSOR, Inferred, Meta, meta_of
+from wsfed.pointers.shapes import TENSOR, Inferred, Meta, intern_meta, meta_of
 
 __all__ = ["UnknownShape", "infer"]
 
@@ -115,7 +115,7 @@ def _by_shadows(call: _Call, kind: str) -> Inferred:
             raise  # the values of others, which are not here, would make another error
         raise (_usual_error(call) or error) from None
     with _OFF():
-        inferred = _read(result, shadows, before, known=True)
+        inferred = _read(result, shadows, before, known=True, tells=call.name in _TELLING)
     if call.name in _UNDEFINED:
         return _without_undefined(inferred, result, shadows)
     return inferred
@@ -138,6 +138,10 @@ def _by_example(call: _Call, why: str) -> Inferred:
             known = call.name in _SAME_AS_EXAMPLE and _are_few(call.metas)
             inferred = _read(result, examples, before, known=known)
         return _without_undefined(inferred, result, examples)
+    if call.name == "torch.Tensor.__getitem__":  # a mask beside other indices fits no example
+        unknown = intern_meta((0,), (1,), call.metas[0].dtype, False, True)
+        parents = ((0,) if call.metas[0].requires_grad and torch.is_grad_enabled() else (),)
+        return Inferred((unknown,), (-1,), parents, (), (), None, known=False)
     raise UnknownShape(why)
 
 
@@ -208,6 +212,7 @@ def _read(
     before: _State,
     *,
     known: bool,
+    tells: bool = False,
 ) -> Inferred:
     leaves, spec = pytree.tree_flatten(result)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -216,7 +221,9 @@ def _read(
     sources = _sources(given, before)
     after = [meta_of(each) for each in given]
     return Inferred(
-        outs=tuple(places.get(id(t), t if _is_told(t, given) else meta_of(t)) for t in tensors),
+        outs=tuple(
+            places.get(id(t), t if tells and not t.is_meta else meta_of(t)) for t in tensors
+        ),
         views=tuple(roots.get(id(_root(t)), -1) if t._is_view() else -1 for t in tensors),
         parents=tuple(_reached(t, sources) for t in tensors),
         changed=tuple(
@@ -262,11 +269,6 @@ def _defined(
     return tuple(
         place for place, gradient in zip(places, gradients, strict=True) if gradient is not None
     )
-
-
-def _is_told(tensor: torch.Tensor, given: Sequence[torch.Tensor]) -> bool:
-    """Whether a result has values: what was given had none, but for what is local."""
-    return not tensor.is_meta and any(each.is_meta for each in given)
 
 
 def _root(tensor: torch.Tensor) -> torch.Tensor:
@@ -379,6 +381,8 @@ def _names(*words: str) -> frozenset[str]:
     return frozenset(f"torch.{word}" for word in words)
 
 
+#: Operations that give tensors of which local values tell everything: sizes of batches, lengths.
+_TELLING: Final = _names("_pack_padded_sequence", "_pad_packed_sequence")
 #: Operations that look at values (to check them) or have no meta kernel, and whose shapes do not
 #: depend on values.
 _NO_META: Final = _names(

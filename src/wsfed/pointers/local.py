@@ -69,6 +69,20 @@ def _tensor_split(input: Any, indices_or_sections: Any, dim: int = 0) -> Any:
     return call(torch.tensor_split, (input, cuts, dim), {})
 
 
+def _pack(input: Any, lengths: Any, batch_first: bool) -> Any:
+    """How much is packed depends on the lengths."""
+    if is_pointer(lengths):
+        if not lengths._handle.link.blocking:
+            raise ValueNeeded("pack_padded_sequence() of these lengths", repr(lengths))
+        lengths = lengths.get()
+    if not is_pointer(input):
+        return _PACK(input, lengths, batch_first)
+    return call(_PACK, (input, lengths, batch_first), {})
+
+
+_PACK: Final[Callable[..., Any]] = torch._C._VariableFunctions._pack_padded_sequence
+
+
 def _view_as(input: Any, other: Any) -> Any:
     """A view of a tensor as itself: what torch makes of a Function that gives its argument."""
     if input is other and not torch.is_grad_enabled() and input.requires_grad:
@@ -246,6 +260,9 @@ def _build() -> dict[Callable[..., Any], Callable[..., Any]]:
         if name.startswith("_foreach_") and name.endswith("_"):
             table[getattr(torch, name)] = _each(name.removeprefix("_foreach_"))
     table[_T.view_as] = _view_as
+    table[_PACK] = _pack
+    # nn.TransformerEncoder asks this before its short cut of nested tensors.
+    table[torch._nested_tensor_from_mask_left_aligned] = lambda *_: False
     table[torch.tensor_split] = table[_T.tensor_split] = _tensor_split
     table[F.triplet_margin_with_distance_loss] = _triplet_margin_with_distance_loss
     table[torch._has_compatible_shallow_copy_type] = _together

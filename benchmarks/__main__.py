@@ -36,6 +36,7 @@ from benchmarks import ours, rpc, sockets
 from benchmarks.cost import breakdown, growth, memory_of
 from benchmarks.tasks import TASKS, Task
 from wsfed import sync
+from wsfed.testing import worker_process
 
 CHECKOUT: Final = Path(__file__).resolve().parent.parent
 MIB: Final = 2**20
@@ -127,7 +128,8 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, An
     repetitions = 3 if options.quick else 7
     results: dict[str, Any] = {"machine": machine(), "training, ms a step": {}}
     with ExitStack() as stack:
-        url, process = stack.enter_context(ours.worker())
+        started = stack.enter_context(worker_process("--threads", "1"))
+        url, process = started["url"], started["pid"]
         if torch_rpc.is_available():
             stack.enter_context(rpc.running(free_port()))
         blocking = stack.enter_context(sync.connect(url))

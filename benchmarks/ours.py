@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import torch
@@ -17,19 +13,19 @@ import wsfed
 from benchmarks.tasks import Task, loss_of
 from wsfed import sync
 
-__all__ = ["blocking", "bulk", "get_scalar", "in_process", "op_by_op", "small_ops", "worker"]
+__all__ = ["blocking", "bulk", "get_scalar", "in_process", "op_by_op", "small_ops"]
 
 
-@contextmanager
-def worker() -> Iterator[tuple[str, int]]:
-    """A worker process of one thread; gives its URL and its process."""
-    command = [sys.executable, "-m", "wsfed", "worker", "--json", "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            yield json.loads(process.stdout.readline())["url"], process.pid
-        finally:
-            process.terminate()
+def _steps(
+    task: Task, model: Any, x: Any, y: Any, optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
+    """All steps of a repetition, without waiting; gives the last loss."""
+    for _ in range(task.steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        optimizer.step()
+    return loss.detach()
 
 
 def in_process(task: Task) -> Callable[[], float]:
@@ -39,12 +35,7 @@ def in_process(task: Task) -> Callable[[], float]:
 
     def repetition() -> float:
         begun = time.perf_counter()
-        for _ in range(task.steps):
-            optimizer.zero_grad()
-            loss = loss_of(model, x, y)
-            loss.backward()
-            optimizer.step()
-        loss.item()
+        _steps(task, model, x, y, optimizer).item()
         return time.perf_counter() - begun
 
     return repetition
@@ -96,12 +87,7 @@ def blocking(task: Task, remote: sync.Worker) -> Callable[[], float]:
     def repetition() -> float:
         remote.flush()
         begun = time.perf_counter()
-        for _ in range(task.steps):
-            optimizer.zero_grad()
-            loss = loss_of(model, inputs, labels)
-            loss.backward()
-            optimizer.step()
-        loss.detach().get()  # type: ignore[attr-defined]
+        _steps(task, model, inputs, labels, optimizer).get()  # type: ignore[attr-defined]
         return time.perf_counter() - begun
 
     return repetition

@@ -9,14 +9,11 @@ Exit code 1 where a sample fails.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from wsfed import sync
-from wsfed.testing import coverage
+from wsfed.testing import coverage, worker_process
 from wsfed.testing.coverage import DTYPES, KINDS, Outcome
 
 TARGET: Final = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
@@ -52,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     begun = time.monotonic()
-    with worker() as connected:
+    # Quiet: these samples make many of torch's warnings.
+    with (
+        worker_process("--threads", "1", quiet=True) as started,
+        sync.connect(started["url"]) as connected,
+    ):
         runs = {
             "op_db": coverage.operators(connected, most=most, dtypes=DTYPES),
             "module_db": coverage.modules(connected, most=most),
@@ -72,20 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         TARGET.write_text(text(outcomes), encoding="utf-8")
         console.print(f"written: {TARGET}", soft_wrap=True)
     return 1 if failed else 0
-
-
-@contextmanager
-def worker() -> Iterator[sync.Worker]:
-    """A worker process of one thread, over a socket."""
-    command = [sys.executable, "-m", "wsfed", "worker", "--json", "--threads", "1"]
-    quiet = subprocess.DEVNULL  # torch's warnings, of which these samples make many
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet) as process:
-        try:
-            assert process.stdout is not None
-            with sync.connect(json.loads(process.stdout.readline())["url"]) as connected:
-                yield connected
-        finally:
-            process.terminate()
 
 
 def summary(outcomes: dict[str, list[Outcome]]) -> Iterator[str]:

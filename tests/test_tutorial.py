@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +13,7 @@ from torch import nn, optim
 
 import wsfed
 import wsfed.syft as sy
+from wsfed.testing import worker_process
 
 OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "SGD": lambda params: optim.SGD(params=params, lr=0.1),
@@ -26,23 +24,11 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
 pytestmark = pytest.mark.processes
 
 
-@contextmanager
-def process(id: str) -> Iterator[str]:
-    """A worker process; gives its URL."""
-    command = [sys.executable, "-m", "wsfed", "worker", "--id", id, "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as worker:
-        assert worker.stdout is not None
-        try:
-            yield json.loads(worker.stdout.readline())["url"]
-        finally:
-            worker.terminate()
-            assert worker.wait(30) == 0
-
-
 @pytest.fixture(scope="module")
 def urls() -> Iterator[list[str]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(process(id)) for id in ("bob", "alice")]
+        started = [stack.enter_context(worker_process("--id", id)) for id in ("bob", "alice")]
+        yield [worker["url"] for worker in started]
 
 
 def plain_torch(kind: str) -> list[float]:

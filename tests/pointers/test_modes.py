@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,22 +13,22 @@ from torch.nn import functional as F
 import wsfed
 from tests.pointers.oracle import assert_same_bits
 from wsfed import sync
+from wsfed.testing import worker_process
 
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[sync.Worker]:
     """A process of its own: the casts that torch remembers belong to a process."""
-    command = [sys.executable, "-m", "wsfed", "worker", "--port", "0", "--json", "--threads", "1"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            with sync.connect(json.loads(process.stdout.readline())["url"]) as connected:
-                yield connected
-        finally:
-            process.terminate()
-            torch.set_num_threads(threads)
+    try:
+        with (
+            worker_process("--threads", "1") as started,
+            sync.connect(started["url"]) as connected,
+        ):
+            yield connected
+    finally:
+        torch.set_num_threads(threads)
 
 
 def convolutional() -> nn.Module:

@@ -5,9 +5,6 @@ Here a spread of the samples; ``scripts/test --all`` runs every one and writes d
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -15,7 +12,7 @@ import torch
 
 from wsfed import sync
 from wsfed.pointers import calls
-from wsfed.testing import coverage
+from wsfed.testing import coverage, worker_process
 from wsfed.testing.coverage import Outcome
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
@@ -25,15 +22,14 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 def worker() -> Iterator[sync.Worker]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more of them make sums in another order, now and then
-    command = [sys.executable, "-m", "wsfed", "worker", "--json", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            with sync.connect(json.loads(process.stdout.readline())["url"]) as connected:
-                yield connected
-        finally:
-            process.terminate()
-            torch.set_num_threads(threads)
+    try:
+        with (
+            worker_process("--threads", "1") as started,
+            sync.connect(started["url"]) as connected,
+        ):
+            yield connected
+    finally:
+        torch.set_num_threads(threads)
 
 
 def failures(outcomes: Iterable[Outcome]) -> tuple[int, list[str]]:

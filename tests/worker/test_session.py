@@ -193,6 +193,8 @@ def test_a_log_played_again_makes_the_same_instructions_and_replies() -> None:
     first.perform(first.handle(Arrived(DOUBLE), 1.0))
     first.perform(first.handle(Arrived(frame(3, m.Get(6, 99))), 2.0))
     first.handle(PeerLost(), 3.0)
+    kinds = [type(event) for _, event in log]
+    assert kinds == [Arrived, Done, Arrived, Done, Arrived, Done, PeerLost]
     second = Worker()
     for now, event in log:
         second.handle(event, now)

@@ -92,15 +92,18 @@ def infer(
     if name in _WRONG_META and _are_few(metas):
         return _by_example(call, "")
     if kind != "meta":
-        from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+        from torch._subclasses import fake_tensor  # takes a second to import
 
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return _by_shadows(call, kind)
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+            return _by_shadows(call, kind, fake_tensor.DataDependentOutputException)
     return _by_shadows(call, kind)
 
 
-def _by_shadows(call: _Call, kind: str) -> Inferred:
-    """From tensors without values: meta ones, or torch's fake ones of another type of device."""
+def _by_shadows(call: _Call, kind: str, *looked: type[Exception]) -> Inferred:
+    """From tensors without values: meta ones, or torch's fake ones of another type of device.
+
+    ``looked``: what else is raised where the operation looks at values.
+    """
     values, device = call.values, torch.device(kind)
     shadows = [values.get(place, _shadow(meta, device)) for place, meta in enumerate(call.metas)]
     before = _State(shadows)
@@ -108,8 +111,7 @@ def _by_shadows(call: _Call, kind: str) -> Inferred:
         result = call.run(shadows, device)
     except _WRONG as error:
         # Some of torch's functions look at values without saying NotImplemented.
-        looks = type(error).__name__ in ("NotImplementedError", "DataDependentOutputException")
-        if looks or "meta tensor" in str(error):
+        if isinstance(error, (NotImplementedError, *looked)) or "meta tensor" in str(error):
             return _by_example(call, str(error))
         if values:
             raise  # the values of others, which are not here, would make another error

@@ -171,30 +171,21 @@ async def test_what_does_not_fit_there_is_told_and_both_live_on() -> None:
 
 
 @pytest.mark.parametrize("way", ["directly", "through the client"])
-async def test_a_source_that_is_lost_does_not_leave_the_target_waiting(way: str) -> None:
-    async with two_workers(way) as (bob, alice):
-        await asyncio.gather(bob.flush(), alice.flush())
-        moved = bob.send(torch.ones(3_000_000)).move(alice)
-        asked = moved.get()
-        await bob.close()
-        with pytest.raises(wsfed.WsfedError):
-            await asked
-        assert torch.equal(await alice.send(torch.ones(2)).get(), torch.ones(2))
-
-
-@pytest.mark.parametrize("way", ["directly", "through the client"])
-async def test_a_target_that_is_lost_does_not_leave_the_source_waiting(
-    way: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lost", "error"), [("source", wsfed.WsfedError), ("target", wsfed.ConnectionLost)]
+)
+async def test_a_side_that_is_lost_does_not_leave_the_other_waiting(
+    way: str, lost: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsfed.node.node._TICKET_SECONDS", 0.2)
     async with two_workers(way) as (bob, alice):
+        gone, left = (bob, alice) if lost == "source" else (alice, bob)
         await asyncio.gather(bob.flush(), alice.flush())
-        moved = bob.send(torch.ones(3_000_000)).move(alice)
-        asked = moved.get()
-        await alice.close()
-        with pytest.raises(wsfed.ConnectionLost):
+        asked = bob.send(torch.ones(3_000_000)).move(alice).get()
+        await gone.close()
+        with pytest.raises(error):
             await asked
-        assert torch.equal(await bob.send(torch.ones(2)).get(), torch.ones(2))
+        assert torch.equal(await left.send(torch.ones(2)).get(), torch.ones(2))
 
 
 async def test_a_session_that_ends_in_the_middle_of_a_delivery_ends_the_delivery() -> None:

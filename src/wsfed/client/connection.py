@@ -259,17 +259,13 @@ class Connection(Link):
             self._alive()
         if self._released_bytes >= self._most_released or len(self._released) >= _DELETES:
             self._delete_released()
-        if command[0] == _EXECUTE:
-            name = command[1]
-            number = self._names.get(name)
-            if number is not None:
-                command[1] = number
-                self._put(command, site)
-            else:
-                self._put(command, site)
-                self._names[name] = len(self._names)
-        else:
-            self._put(command, site)
+        name = command[1] if command[0] == _EXECUTE else None
+        number = self._names.get(name) if name is not None else None
+        if number is not None:
+            command[1] = number
+        self._put(command, site)
+        if name is not None and number is None:
+            self._names[name] = len(self._names)
         if not self._poked:
             self._poke()
 

@@ -41,7 +41,8 @@ _log = logging.getLogger("wsfed.node")
 #: A client that is told goodbye reads it within this time, or is cut off.
 _GOODBYE_SECONDS: Final = 3.0
 #: What is answered at once where the session's thread is idle: so few of these, of so many bytes.
-_READS: Final = frozenset({m.Delete, m.Flush, m.Get})
+#: No deletes: a small tensor may hold a large graph, which takes time to free.
+_READS: Final = frozenset({m.Flush, m.Get})
 _FEW: Final = 8
 _SMALL: Final = 4096
 

@@ -28,8 +28,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from wsfed.errors import OpNotAllowed, PointerError, WsfedError
-from wsfed.pointers.pointer import Pointer
 from wsfed.sync import Worker
+from wsfed.testing.comparison import (
+    Ran,
+    Side,
+    compare_bits,
+    compare_closely,
+    compare_repeated,
+    compare_runs,
+)
 
 __all__ = ["EXCLUDED", "Outcome", "modules", "operators", "optimizers"]
 
@@ -37,8 +44,6 @@ __all__ = ["EXCLUDED", "Outcome", "modules", "operators", "optimizers"]
 DTYPES: Final = (torch.float32, torch.complex64, torch.int64, torch.bool, torch.bfloat16)
 #: One local call in twelve gives other bits than the one before, depending on its memory.
 _UNREPEATABLE: Final = frozenset({"linalg.lstsq"})
-#: How often local torch is asked whether it repeats itself.
-_REPEATS: Final = 40
 _STEPS: Final = 5
 _SEED: Final = 42
 
@@ -160,63 +165,6 @@ def _on_a_copy(inplace: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass
-class _Side:
-    """The arguments of one run: tensors of their own, each once, however often it is given.
-
-    ``shift``: elements by which tensors here begin later in their memory, which makes the sums of
-    some kernels come in another order.
-    """
-
-    send: Callable[[torch.Tensor], torch.Tensor] | None
-    requires_grad: bool
-    shift: int = 0
-    tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def give(self, value: Any) -> Any:
-        """The same arguments for this side."""
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.tensors:
-                self.tensors[id(value)] = value, self._own(value)
-            return self.tensors[id(value)][1]
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self.give, value))
-        if isinstance(value, list | tuple):
-            return type(value)(map(self.give, value))
-        if isinstance(value, dict):
-            return {key: self.give(each) for key, each in value.items()}
-        if isinstance(value, slice):
-            return slice(*map(self.give, (value.start, value.stop, value.step)))
-        return value
-
-    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        # What travels is contiguous, so what stays is made so, too.
-        own = tensor.detach().resolve_conj().resolve_neg()
-        memory = torch.empty(own.numel() + self.shift, dtype=own.dtype)
-        own = (
-            memory[self.shift :].view(own.shape).copy_(own)
-            if self.shift
-            else own.clone(memory_format=torch.contiguous_format)
-        )
-        own.requires_grad_(tensor.requires_grad and self.requires_grad)
-        return own if self.send is None else self.send(own)
-
-    @property
-    def own(self) -> list[torch.Tensor]:
-        """The tensors of this side, in the order in which they are given."""
-        return [own for _, own in self.tensors.values()]
-
-
-@dataclass
-class _Ran:
-    """What came of one run."""
-
-    results: Any = None
-    arguments: list[torch.Tensor] = field(default_factory=list)
-    gradients: list[torch.Tensor | None] = field(default_factory=list)
-    error: Exception | None = None
-
-
-@dataclass
 class _Call:
     """A function and a sample, to be run on both sides."""
 
@@ -235,7 +183,7 @@ class _Call:
 
     def check_out(self) -> bool:
         """``out=`` is refused with a reason, or it does what torch does."""
-        side = _Side(None, requires_grad=False)
+        side = Side(None, requires_grad=False)
         with _seeded(self.worker):
             expected = self._call(side)
         if not isinstance(expected, torch.Tensor):
@@ -246,10 +194,10 @@ class _Call:
             outs.append(own if send is None else send(own))
             try:
                 with _seeded(self.worker):
-                    self._call(_Side(send, requires_grad=False), out=outs[-1])
+                    self._call(Side(send, requires_grad=False), out=outs[-1])
             except (OpNotAllowed, PointerError):
                 return True
-        _compare_bits(outs[1], outs[0], "out")
+        compare_bits(outs[1], outs[0], "out")
         return True
 
     def _check(self, *, backward: bool) -> bool:
@@ -261,18 +209,18 @@ class _Call:
         if remote.error is not None:
             raise remote.error
         if self.is_loose:
-            _compare_runs(remote, local, _compare_closely)
+            compare_runs(remote, local, compare_closely)
         else:
-            _compare_repeated(remote, local, lambda shift: self._run(None, backward, shift))
+            compare_repeated(remote, local, lambda shift: self._run(None, backward, shift))
         return True
 
-    def _call(self, side: _Side, **more: Any) -> Any:
+    def _call(self, side: Side, **more: Any) -> Any:
         given = (self.sample.input, self.sample.args, self.sample.kwargs)
         input, args, kwargs = map(side.give, given)
         return self.function(input, *args, **kwargs, **more)
 
-    def _run(self, send: Any, backward: bool, shift: int = 0) -> _Ran:
-        side, ran = _Side(send, requires_grad=backward, shift=shift), _Ran()
+    def _run(self, send: Any, backward: bool, shift: int = 0) -> Ran:
+        side, ran = Side(send, requires_grad=backward, shift=shift), Ran()
         try:
             with _seeded(self.worker):
                 ran.results = self._call(side)
@@ -343,87 +291,6 @@ def _write_through(results: Any, arguments: Sequence[torch.Tensor]) -> None:
             leaf.add_(1)
 
 
-# --- comparing -----------------------------------------------------------------------------------
-
-
-class _OtherBits(AssertionError):
-    """Everything is as it should be but for the values."""
-
-
-def _compare_repeated(remote: _Ran, local: _Ran, again: Callable[[int], _Ran]) -> None:
-    try:
-        _compare_runs(remote, local, _compare_bits)
-    except _OtherBits:
-        # Where torch's allocator puts things decides the order of some sums of LAPACK.
-        elsewhere = [again(shift % 5) for shift in range(_REPEATS)]
-        if all(_is_same(each, local) for each in elsewhere):
-            raise
-        _compare_runs(remote, local, _compare_closely)
-
-
-def _is_same(one: _Ran, other: _Ran) -> bool:
-    try:
-        _compare_runs(one, other, _compare_bits)
-    except _OtherBits:
-        return False
-    return True
-
-
-def _compare_runs(
-    remote: _Ran, local: _Ran, compare: Callable[[torch.Tensor, torch.Tensor, str], None]
-) -> None:
-    for what, one, other in (
-        ("a result", remote.results, local.results),
-        ("an argument afterwards", remote.arguments, local.arguments),
-        ("a gradient", remote.gradients, local.gradients),
-    ):
-        ours, theirs = pytree.tree_leaves(other), pytree.tree_leaves(one)
-        if len(ours) != len(theirs):
-            raise AssertionError(f"{len(theirs)} leaves of {what}, not {len(ours)}")
-        for got, expected in zip(theirs, ours, strict=True):
-            if isinstance(expected, torch.Tensor):
-                if not isinstance(got, torch.Tensor):
-                    raise AssertionError(f"{what} is {got!r}, not a tensor")
-                compare(got, expected, what)
-            elif got != expected and not (got != got and expected != expected):
-                raise AssertionError(f"{what} is {got!r}, not {expected!r}")
-
-
-def _compare_bits(remote: torch.Tensor, local: torch.Tensor, what: str) -> None:
-    value = _value(remote, local, what)
-    if _bits(value) != _bits(local):
-        raise _OtherBits(f"{what} has other values")
-
-
-def _compare_closely(remote: torch.Tensor, local: torch.Tensor, what: str) -> None:
-    torch.testing.assert_close(_value(remote, local, what), local.detach(), equal_nan=True)
-
-
-def _value(remote: torch.Tensor, local: torch.Tensor, what: str) -> torch.Tensor:
-    """The remote value, once its metadata tell the truth."""
-    for name in ("dtype", "shape", "requires_grad", "is_leaf"):
-        got, expected = getattr(remote, name), getattr(local, name)
-        if got != expected:
-            raise AssertionError(f"{name} of {what} is {got}, not {expected}")
-    if local.numel() > 1 and _strides(remote) != _strides(local):
-        raise AssertionError(f"strides of {what} are {remote.stride()}, not {local.stride()}")
-    return remote.get().detach() if isinstance(remote, Pointer) else remote.detach()
-
-
-def _strides(tensor: torch.Tensor) -> list[int]:
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return [stride for size, stride in pairs if size > 1]
-
-
-def _bits(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    plain = plain.clone(memory_format=torch.contiguous_format)
-    if plain.is_complex():
-        plain = torch.view_as_real(plain)
-    data: bytes = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return data
-
-
 # --- modules -------------------------------------------------------------------------------------
 
 
@@ -473,15 +340,15 @@ class _Module:
             raise local.error
         if remote.error is not None:
             raise remote.error
-        _compare_repeated(remote, local, lambda shift: self._run(None, shift))
+        compare_repeated(remote, local, lambda shift: self._run(None, shift))
         return True
 
-    def _run(self, send: Any, shift: int = 0) -> _Ran:
-        side, ran = _Side(send, requires_grad=True, shift=shift), _Ran()
+    def _run(self, send: Any, shift: int = 0) -> Ran:
+        side, ran = Side(send, requires_grad=True, shift=shift), Ran()
         made, given = self.sample.constructor_input, self.sample.forward_input
         try:
             with _seeded(self.worker):
-                own = _Side(None, requires_grad=True)  # sending a module would take them along
+                own = Side(None, requires_grad=True)  # sending a module would take them along
                 args, kwargs = map(own.give, (made.args, made.kwargs))
                 module = self.kind(*args, **kwargs).train(self.training)
                 if send:
@@ -536,10 +403,10 @@ class _Optimizer:
     def check(self) -> bool:
         """Losses, parameters and the optimizer's state after some steps."""
         local, remote = self._run(None), self._run(self.worker.send)
-        _compare_repeated(remote, local, lambda _: self._run(None))
+        compare_repeated(remote, local, lambda _: self._run(None))
         return True
 
-    def _run(self, send: Any) -> _Ran:
+    def _run(self, send: Any) -> Ran:
         with _seeded(self.worker):
             model = nn.Sequential(
                 nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)
@@ -569,7 +436,7 @@ class _Optimizer:
             _settle(self.worker)
             raise
         states = [optimizer.state[parameter] for parameter in model.parameters()]
-        return _Ran(losses, list(model.parameters()), [_plain(each) for each in states])
+        return Ran(losses, list(model.parameters()), [_plain(each) for each in states])
 
 
 def _plain(state: dict[str, Any]) -> Any:

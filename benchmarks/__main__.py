@@ -19,6 +19,7 @@ import platform
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -34,7 +35,7 @@ from torch.distributed import rpc as torch_rpc
 import wsfed
 from benchmarks import ours, rpc, sockets
 from benchmarks.cost import breakdown, growth, memory_of
-from benchmarks.tasks import TASKS, Task
+from benchmarks.tasks import TASKS, Task, write_data
 from wsfed import sync
 from wsfed.testing import worker_process
 
@@ -65,6 +66,8 @@ async def training(
         "wsfed, op by op": ours.op_by_op(task, remote),
         "wsfed, losses asked for": ours.op_by_op(task, remote, "asked"),
         "wsfed, losses awaited": ours.op_by_op(task, remote, "awaited"),
+        "wsfed plan": ours.plan(task, remote),
+        "wsfed plan over a data set": ours.over_data(task, remote),
     }
     if blocking is not None:
         systems["wsfed.sync"] = ours.blocking(task, blocking)
@@ -128,7 +131,8 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, An
     repetitions = 3 if options.quick else 7
     results: dict[str, Any] = {"machine": machine(), "training, ms a step": {}}
     with ExitStack() as stack:
-        started = stack.enter_context(worker_process("--threads", "1"))
+        data = write_data(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        started = stack.enter_context(worker_process("--threads", "1", *data))
         url, process = started["url"], started["pid"]
         if torch_rpc.is_available():
             stack.enter_context(rpc.running(free_port()))

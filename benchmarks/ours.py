@@ -10,10 +10,19 @@ from typing import Any
 import torch
 
 import wsfed
-from benchmarks.tasks import Task, loss_of
+from benchmarks.tasks import EPOCH, Task, loss_of
 from wsfed import sync
 
-__all__ = ["blocking", "bulk", "get_scalar", "in_process", "op_by_op", "small_ops"]
+__all__ = [
+    "blocking",
+    "bulk",
+    "get_scalar",
+    "in_process",
+    "op_by_op",
+    "over_data",
+    "plan",
+    "small_ops",
+]
 
 
 def _steps(
@@ -89,6 +98,55 @@ def blocking(task: Task, remote: sync.Worker) -> Callable[[], float]:
         begun = time.perf_counter()
         _steps(task, model, inputs, labels, optimizer).get()  # type: ignore[attr-defined]
         return time.perf_counter() - begun
+
+    return repetition
+
+
+def _plan_of(task: Task, model: Any) -> wsfed.Plan[..., Any]:
+    optimizer = task.optimizer(model.parameters())
+
+    @wsfed.plan
+    def step(x: Any, y: Any) -> Any:
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def plan(task: Task, remote: wsfed.Worker) -> Callable[[], Awaitable[float]]:
+    """The step as a plan: one message each."""
+    model, x, y = task.start()
+    step = _plan_of(task, remote.send(model))
+    inputs, labels = remote.send(x), remote.send(y)
+
+    async def repetition() -> float:
+        await remote.flush()
+        begun = time.perf_counter()
+        for _ in range(task.steps):
+            loss = step(inputs, labels)
+            await asyncio.sleep(0)
+        await loss
+        return time.perf_counter() - begun
+
+    return repetition
+
+
+def over_data(task: Task, remote: wsfed.Worker) -> Callable[[], Awaitable[float]]:
+    """The step as a plan over a data set of the worker's: one message for all, batches included."""
+    model, x, _ = task.start()
+    step = _plan_of(task, remote.send(model))
+
+    async def repetition() -> float:
+        data = await remote.dataset(task.word)
+        await remote.flush()
+        begun = time.perf_counter()
+        run = data.run(step, epochs=task.steps // EPOCH, batch_size=len(x))
+        losses = await run
+        assert len(losses) == task.steps // EPOCH * EPOCH
+        return (time.perf_counter() - begun) * task.steps / len(losses)
 
     return repetition
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["EPOCH", "TASKS", "Task", "write_data"]
+
+#: Batches of an epoch.
+EPOCH: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,22 @@ class Task:
         """Model and batch: the same ones each time."""
         torch.manual_seed(0)
         return self.make(), *self.batch()
+
+    @property
+    def word(self) -> str:
+        """The name as a data set's."""
+        return self.name.replace(", ", "-")
+
+
+def write_data(folder: Path) -> list[str]:
+    """Write a data set for each task; gives the options of a worker that offers them."""
+    options = []
+    for task in TASKS.values():
+        batches = [task.start()[1:] for _ in range(EPOCH)]
+        x, y = (torch.cat(each).numpy() for each in zip(*batches, strict=True))
+        np.savez(folder / f"{task.word}.npz", x=x, y=y)
+        options += ["--dataset", f"{task.word}={folder / task.word}.npz"]
+    return options
 
 
 def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Random programs, here and on a worker: everything is equal, or both raise the same error.
+"""Random programs, here, on a worker and as a plan: everything is equal, or all raise the same.
 
 5 to 60 operations with views, writes in place, slices and backward passes, drawn by hypothesis.
 """
@@ -88,20 +88,47 @@ class Ran:
 
 def run(program: list[Step], send: Callable[[torch.Tensor], Any]) -> Ran:
     """Run a program; a step that torch refuses ends it."""
+    ran = Ran(started(send))
+    go_on(ran, program)
+    return ran
+
+
+def started(send: Callable[[torch.Tensor], Any]) -> list[Any]:
+    """The two tensors that a program begins with."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(3, 4, generator=generator) for _ in range(2)]
-    ran = Ran([send(each.requires_grad_(place == 0)) for place, each in enumerate(start)])
-    for step in program:
-        a = ran.tensors[step.first % len(ran.tensors)]
-        b = ran.tensors[step.second % len(ran.tensors)]
-        try:
-            made = STEPS[step.name](a, b, step.number)
-        except (RuntimeError, ValueError, IndexError, TypeError, wsfed.WsfedError) as error:
-            ran.error = message_of(error)
-            return ran
-        if isinstance(made, torch.Tensor) and made.ndim == 2:
-            ran.tensors.append(made)
-    return ran
+    return [send(each.requires_grad_(place == 0)) for place, each in enumerate(start)]
+
+
+def go_on(ran: Ran, program: list[Step]) -> None:
+    """Run a program on what there is."""
+    try:
+        for step in program:
+            do(step, ran.tensors)
+    except REFUSALS as error:
+        ran.error = message_of(error)
+
+
+REFUSALS: Final = (RuntimeError, ValueError, IndexError, TypeError, wsfed.WsfedError)
+
+
+def do(step: Step, tensors: list[Any]) -> None:
+    a, b = tensors[step.first % len(tensors)], tensors[step.second % len(tensors)]
+    made = STEPS[step.name](a, b, step.number)
+    if isinstance(made, torch.Tensor) and made.ndim == 2:
+        tensors.append(made)
+
+
+def as_plan(program: list[Step]) -> wsfed.Plan[..., Any]:
+    """A plan of the program; it gives all tensors."""
+
+    def function(*start: Any) -> list[Any]:
+        tensors = list(start)
+        for step in program:
+            do(step, tensors)
+        return tensors
+
+    return wsfed.plan(function)
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,14 +190,48 @@ def bob() -> Iterator[sync.VirtualWorker]:
 def test_programs_do_the_same_here_and_there(program: list[Step], bob: sync.VirtualWorker) -> None:
     local = run(program, here)
     remote = run(program, bob.send)
+    assert_alike(remote, local, unseen(bob))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(program=PROGRAM, after=st.lists(STEP, max_size=8))
+def test_programs_do_the_same_as_plans(
+    program: list[Step], after: list[Step], bob: sync.VirtualWorker
+) -> None:
+    plan = as_plan(program)
+    for _ in range(3):  # recorded, run again, and gone on from
+        local = run(program, here)
+        remote = Ran([])
+        try:
+            remote.tensors = plan(*started(bob.send))
+        except REFUSALS as error:
+            remote.error = message_of(error)
+        assert_alike(remote, local, unseen(bob))
+    if not local.error:
+        go_on(local, after)
+        go_on(remote, after)
+        assert_alike(remote, local, unseen(bob))
+
+
+def unseen(bob: sync.VirtualWorker) -> list[str]:
+    """What has failed on the worker and was not told yet."""
     failures = []
-    while True:  # what failed on the worker is told now
+    while True:
         try:
             bob.flush()
         except wsfed.RemoteError as error:
             failures.append(message_of(error))
         else:
-            break
+            return failures
+
+
+def assert_alike(remote: Ran, local: Ran, failures: list[str]) -> None:
     if local.error:
         raised = [remote.error, *failures]
         # Of two mistakes in one call, torch may tell of the memory, and the pointer of the other.

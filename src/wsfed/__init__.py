@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from wsfed.client.dataset import RemoteDataset
+    from wsfed.client.runs import DatasetRun, Progress
     from wsfed.client.virtual import VirtualWorker
     from wsfed.client.worker import Worker, connect
     from wsfed.errors import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         NotCollocated,
         NotFound,
         OpNotAllowed,
+        PlanError,
         PointerError,
         ProtocolError,
         QuotaExceeded,
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
         WsfedError,
     )
     from wsfed.node import Node
+    from wsfed.pointers.files import load_plan
     from wsfed.pointers.modules import copy, get, move, send
+    from wsfed.pointers.plan import Plan, plan
     from wsfed.pointers.pointer import Pointer
     from wsfed.worker.datasets import Dataset
 
@@ -56,6 +60,7 @@ __all__ = [
     "ConstantTooLarge",
     "Dataset",
     "DatasetError",
+    "DatasetRun",
     "DeadlineExceeded",
     "GetNotPermitted",
     "LocalProtocolError",
@@ -63,8 +68,11 @@ __all__ = [
     "NotCollocated",
     "NotFound",
     "OpNotAllowed",
+    "Plan",
+    "PlanError",
     "Pointer",
     "PointerError",
+    "Progress",
     "ProtocolError",
     "QuotaExceeded",
     "RemoteDataset",
@@ -79,21 +87,28 @@ __all__ = [
     "connect",
     "copy",
     "get",
+    "load_plan",
     "move",
+    "plan",
     "send",
 ]
 
 _HOMES: Final = {
     "Dataset": "wsfed.worker.datasets",
+    "DatasetRun": "wsfed.client.runs",
     "Node": "wsfed.node",
+    "Plan": "wsfed.pointers.plan",
     "Pointer": "wsfed.pointers.pointer",
+    "Progress": "wsfed.client.runs",
     "RemoteDataset": "wsfed.client.dataset",
     "VirtualWorker": "wsfed.client.virtual",
     "Worker": "wsfed.client.worker",
     "connect": "wsfed.client.worker",
     "copy": "wsfed.pointers.modules",
     "get": "wsfed.pointers.modules",
+    "load_plan": "wsfed.pointers.files",
     "move": "wsfed.pointers.modules",
+    "plan": "wsfed.pointers.plan",
     "send": "wsfed.pointers.modules",
 }
 

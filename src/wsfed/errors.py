@@ -18,6 +18,7 @@
     │   └── Cancelled               the command was cancelled before it ran
     ├── NotCollocated           one operation, pointers on two workers
     ├── PointerError            a pointer was used in a way that has no remote meaning
+    │   ├── PlanError               a function cannot be recorded, or a plan not be used so
     │   ├── ValueNeeded             Python needs the value now: await or get it first
     │   └── ConstantTooLarge        a local tensor too large to travel along with an operation
     └── DatasetError            a data file is missing, malformed or unusable
@@ -41,6 +42,7 @@ __all__ = [
     "NotCollocated",
     "NotFound",
     "OpNotAllowed",
+    "PlanError",
     "PointerError",
     "ProtocolError",
     "QuotaExceeded",
@@ -238,6 +240,20 @@ class ValueNeeded(PointerError):
                 "not your own line that asks (as in LBFGS and Adafactor)"
             )
         )
+
+
+class PlanError(PointerError):
+    """A function cannot be recorded as a plan, or a plan cannot be used like this.
+
+    Attributes:
+        plan: name of the plan.
+        reason: why not, and what to do.
+        site: ``file:line`` of the user's code, or ``""``.
+    """
+
+    def __init__(self, plan: str, reason: str, site: str = "") -> None:
+        self.plan, self.reason, self.site = plan, reason, site
+        super().__init__(f"plan {plan!r}: {reason}{f' (at {site})' if site else ''}")
 
 
 class ConstantTooLarge(PointerError, ValueError):

@@ -14,7 +14,7 @@ from wsfed.protocol.codec import Outgoing, decode, encode, pack
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "frames.json"
 ALL = (m.CONTROL, m.COMMANDS, m.REPLIES, m.STREAM)
-FAILURE = ["RemoteError", "RuntimeError", "no", "torch.add", ["float32[2]"]]
+FAILURE = ["RemoteError", "RuntimeError", "no", "torch.add", ["float32[2]"], 0]
 
 #: One of each; the vectors are made of them.
 EXAMPLES: list[m.Message] = [
@@ -28,6 +28,7 @@ EXAMPLES: list[m.Message] = [
     m.Ping(),
     m.Goodbye("the client is done"),
     m.Cancel(12),
+    m.Stop(3),
     m.OpenStream(1, 300_000),
     m.Chunk(1, 262_144, 0),
     m.Store(1, 0, True),
@@ -48,10 +49,14 @@ EXAMPLES: list[m.Message] = [
     m.Move(6, [1], [9], "ws://127.0.0.1:8778", b"k" * 16),
     m.Receive([9], b"k" * 16),
     m.Clone(1, 10),
+    m.Define(11, 0),
+    m.Run(11, [1, 2], [0.1], [12]),
+    m.RunOver(7, "digits", ["x", "y"], 0, 32, 4, [[11, 8, [0, -1, 1], 1, [0]]], 0, [0], None),
     m.TensorReply(1, 0, False),
     m.ValueReply(2, {"shape": [2]}),
     m.RequestFailed(3, 5, 0, FAILURE),
     m.Failed(5, 0, True, FAILURE),
+    m.Progress(7, 2, [[0.5], [0.25]]),
 ]
 
 

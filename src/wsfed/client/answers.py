@@ -100,6 +100,14 @@ def _is_dataset(value: Any) -> bool:
     )
 
 
+def _is_end_of_run(value: Any) -> bool:
+    return (
+        type(value) is dict
+        and _is_size(value.get("done"))
+        and value.get("stopped") in ("", "stop", "until")
+    )
+
+
 def _is_field(value: Any, rows: int) -> bool:
     return (
         type(value) is list
@@ -118,6 +126,7 @@ _VALUES: Final[Mapping[int, Callable[[Any], bool]]] = MappingProxyType(
         m.Flush.code: _is_nothing,
         m.Move.code: _is_nothing,
         m.OpenDataset.code: _is_dataset,
+        m.RunOver.code: _is_end_of_run,
         m.Search.code: _is_found,
     }
 )

@@ -13,6 +13,7 @@ import itertools
 import logging
 import random
 import threading
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,12 @@ from wsfed.errors import (
     WsfedError,
 )
 from wsfed.pointers.link import Link
+from wsfed.pointers.recording import Recording, recording_now
 from wsfed.pointers.shapes import Meta
 from wsfed.pointers.site import Site
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
-from wsfed.protocol.codec import Buffer
+from wsfed.protocol.codec import Buffer, Outgoing
 from wsfed.protocol.session import (
     Ended,
     Event,
@@ -64,13 +66,19 @@ _DELETES: Final = 32
 _DELETED_BYTES: Final = 2 * 1024 * 1024
 #: Commands that nobody waits for leave together: one frame in so many seconds, unless there are so
 #: many bytes of them.
-_COMPANY: Final = 0.001
+_COMPANY: Final = 0.004
 _COMPANY_BYTES: Final = 64 * 1024
 #: The first wait before a connection is made again, and the longest, in seconds (full jitter).
 _BACK_OFF: Final = (0.1, 30.0)
 #: Turns of the loop in which a task that waits for this session hears of its end. What waits for
 #: something else is cancelled then; who awaits a cancelled task would take it for their own end.
 _TURNS: Final = 3
+
+
+_NO_VALUES: Final = (
+    "it is recorded, not run, so there are no values in it: return what is to be fetched, and "
+    "write torch.where() where a value decides"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,7 @@ class _Request:
     site: Site | None
     command: int
     meta: Meta | None
+    progress: Callable[[m.Progress], None] | None = None
 
 
 class Connection(Link):
@@ -97,6 +106,7 @@ class Connection(Link):
     Attributes:
         url: see above.
         worker: what pointers give as their location; set by its maker.
+        loop: see above.
         info: what the worker told about itself, once it is known.
         opened: done when the worker has welcomed this client.
         reachable: which other workers this one is known to reach, by URL.
@@ -122,8 +132,10 @@ class Connection(Link):
         self.failures = Failures(self.session.sender.note)
         self._put = self.session.sender.put
         self.reachable: dict[str, bool] = {}
+        self.recordings: list[Recording] = []
+        self.plans: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
         self.received_bytes = self.sent_bytes = 0
-        self._open_wire, self._loop, self._token = open_wire, loop, token
+        self._open_wire, self.loop, self._token = open_wire, loop, token
         self._reconnect = reconnect
         #: Between the beginning and the end of a connection.
         self._is_connected = False
@@ -150,7 +162,7 @@ class Connection(Link):
     def start(self) -> None:
         """Begin to connect; in the event loop's thread."""
         self._thread = threading.get_ident()
-        self._main = self._loop.create_task(self._run(), name=f"wsfed {self.url}")
+        self._main = self.loop.create_task(self._run(), name=f"wsfed {self.url}")
 
     async def close(self) -> None:
         """End the session. Nothing is raised; what failed unseen is logged."""
@@ -200,7 +212,7 @@ class Connection(Link):
                 reason = await self._use(wire)
             if self._dead is not None:
                 return
-            now = self._loop.time()
+            now = self.loop.time()
             if give_up is None or self._was_live:
                 attempt, give_up = 0, now + self._reconnect
             if self.session.state is State.IDLE or now >= give_up:
@@ -212,14 +224,14 @@ class Connection(Link):
 
     async def _use(self, wire: Wire) -> str:
         self.session.hello(
-            self._loop.time(), token=self._token, ticket=None, client=f"torch {torch.__version__}"
+            self.loop.time(), token=self._token, ticket=None, client=f"torch {torch.__version__}"
         )
         self._is_connected = True
         try:
             reason = await pump(wire, self)
         finally:
             self._is_connected = False
-        self.session.cut(self._loop.time())
+        self.session.cut(self.loop.time())
         return reason
 
     def _die(self, error: WsfedError) -> None:
@@ -257,6 +269,9 @@ class Connection(Link):
         """
         if self._dead is not None:
             self._alive()
+        if (recording := recording_now()) is not None:
+            recording.issue(self, command, site)
+            return
         if self._released_bytes >= self._most_released or len(self._released) >= _DELETES:
             self._delete_released()
         name = command[1] if command[0] == _EXECUTE else None
@@ -274,17 +289,35 @@ class Connection(Link):
     ) -> None:
         """Queue a tensor, as it is now."""
         self._alive()
-        message = m.Store(id, 0, requires_grad)
-        self.session.sender.put_tensor(
-            lambda place: message.wire(tensor=place), outgoing(tensor), site
-        )
+        if (recording := recording_now()) is not None:
+            recording.store(self, id, tensor, requires_grad, site)
+            return
+        self._put_with(m.Store(id, 0, requires_grad), outgoing(tensor), site)
+
+    def define(self, plan: int, packed: bytes, site: Site | None = None) -> None:
+        """Queue a recorded program."""
+        self._alive()
+        program = Outgoing("uint8", (len(packed),), memoryview(packed))
+        self._put_with(m.Define(plan, 0), program, site)
+
+    def _put_with(self, message: m.Message, tensor: Outgoing, site: Site | None) -> None:
+        self.session.sender.put_tensor(lambda place: message.wire(tensor=place), tensor, site)
         if not self._poked:
             self._poke()
+
+    def stop(self, request: int) -> None:
+        """End a run over a data set with the batch that it is at."""
+        self.loop.call_soon_threadsafe(self._stop, request)
+
+    def _stop(self, request: int) -> None:
+        if request in self._requests:
+            self.session.stop(request)
+            self.wake.set()
 
     def cancel(self) -> None:
         """Give up every command that was sent and has not started."""
         self._alive()
-        self._loop.call_soon_threadsafe(self._cancel)
+        self.loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         self.session.cancel()
@@ -292,6 +325,9 @@ class Connection(Link):
 
     def release(self, id: int, nbytes: int = 0) -> None:
         """Nobody holds this object, of about this size, any more. Never raises."""
+        if self.recordings:
+            self.recordings[-1].release(id, nbytes)
+            return
         self._released.append(id)
         self._released_bytes += nbytes
 
@@ -313,6 +349,8 @@ class Connection(Link):
         meta: Meta | None = None,
         *,
         gate: Gate | None = None,
+        progress: Callable[[m.Progress], None] | None = None,
+        tensor: torch.Tensor | None = None,
     ) -> asyncio.Future[Any]:
         """Queue a request.
 
@@ -321,13 +359,19 @@ class Connection(Link):
             site: the user's line, for errors.
             meta: what the tensor that answers has to be like, where that is known.
             gate: where to queue it, if not at the end.
+            progress: told how far it is, where the worker tells so.
+            tensor: goes along; the command says ``0`` for its place.
         """
         self._alive()
+        if (recording := recording_now()) is not None:
+            recording.refuse(_NO_VALUES)
         request = self.new_id()
-        future: asyncio.Future[Any] = self._loop.create_future()
+        future: asyncio.Future[Any] = self.loop.create_future()
         command = make(request)
-        self._requests[request] = _Request(future, site, command[0], meta)
-        if gate is None:
+        self._requests[request] = _Request(future, site, command[0], meta, progress)
+        if tensor is not None:
+            self._put_with(m.parse(command, (m.COMMANDS,)), outgoing(tensor), site)
+        elif gate is None:
             self.issue(command, site)
         else:
             gate.put(command)
@@ -338,6 +382,8 @@ class Connection(Link):
     def transfer(self, ids: Sequence[int], to: Link, new_ids: Sequence[int]) -> None:
         """Copy objects to another worker; later commands there wait for them."""
         assert isinstance(to, Connection)
+        if (recording := recording_now()) is not None:
+            recording.refuse("moving to another worker has no place in it; move before or after")
         self._alive()
         to._alive()
         self.spawn(transfer(self, ids, to, new_ids))
@@ -358,7 +404,7 @@ class Connection(Link):
         if threading.get_ident() == self._thread:
             work.close()
             raise LocalProtocolError("deadlock", "a blocking call inside the event loop's thread")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
         except BaseException:
@@ -368,8 +414,8 @@ class Connection(Link):
     def spawn(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Start ``work`` as a task that ends with the connection at the latest."""
         if threading.get_ident() != self._thread:
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
-        task = self._loop.create_task(work)
+            return asyncio.run_coroutine_threadsafe(work, self.loop)
+        task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -386,7 +432,7 @@ class Connection(Link):
         if threading.get_ident() == self._thread:
             self.wake.set()
         else:
-            self._loop.call_soon_threadsafe(self.wake.set)
+            self.loop.call_soon_threadsafe(self.wake.set)
 
     # --- the pump's view ---
 
@@ -508,6 +554,11 @@ class Connection(Link):
                 if request in self._requests:
                     check_value(self._requests[request].command, value)
                 self._resolve(request, value)
+            case m.Progress(request):
+                if (asked := self._requests.get(request)) is not None:
+                    if asked.progress is None:
+                        raise RemoteProtocolError("unfit-answer", "nothing tells of its progress")
+                    asked.progress(reply)
             case m.Failed(seq, index, bound, failure):
                 self.failures.add((seq, index), failure, bound=bound, worker=self.worker.id)
             case m.RequestFailed(request, seq, index, failure):

@@ -35,14 +35,14 @@ class _Record:
     seen: bool = False
 
     def error(self) -> RemoteError:
-        kind, type, message, op, shapes = self.failure
+        kind, type, message, op, shapes, step = self.failure
         return _CLASSES.get(kind, RemoteError)(
             message,
             type=type,
             op=op,
             shapes=shapes,
             worker=self.worker,
-            site=self.site if isinstance(self.site, str) else describe_site(self.site),
+            site=self.site if isinstance(self.site, str) else describe_site(self.site, step),
         )
 
 
@@ -68,10 +68,10 @@ class Failures:
     def add_local(self, error: Exception) -> None:
         """Something failed that belongs to no command of this session."""
         site = worker = ""
-        failure: list[Any] = ["RemoteError", type(error).__name__, str(error)[:2000], "move", []]
+        failure: list[Any] = ["RemoteError", type(error).__name__, str(error)[:2000], "move", [], 0]
         if isinstance(error, RemoteError):
             name = type(error).__name__
-            failure = [name, error.type, error.message, error.op, list(error.shapes)]
+            failure = [name, error.type, error.message, error.op, list(error.shapes), 0]
             site, worker = error.site, error.worker
         if (said := tuple(failure[1:3])) in self._told:
             self._told.remove(said)

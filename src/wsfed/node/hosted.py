@@ -30,6 +30,7 @@ from wsfed.worker.session import (
     Instruction,
     PeerLost,
     Run,
+    StopRun,
     Tick,
     WorkerSession,
 )
@@ -159,6 +160,8 @@ class Hosted:
                 self.executor.submit(lambda: self._work(instruction))
             case CancelUpTo(seq):
                 self._cancelled = max(self._cancelled, seq)
+            case StopRun(request):
+                self.interpreter.stop(request)
             case Expect(ticket, ids):
                 self.node.expect(self, ticket, ids)
             case Carry():

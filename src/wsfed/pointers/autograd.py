@@ -42,8 +42,8 @@ class Node:
         return f"<remote graph node with {len(self.parents)} parents>"
 
 
-def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -> None:
-    """A backward pass ran from ``roots``.
+def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -> set[Node]:
+    """A backward pass ran from ``roots``; gives the nodes that have a gradient by it.
 
     Args:
         roots: nodes of the tensors it started from.
@@ -53,6 +53,7 @@ def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -
     begun = tuple(roots)
     seen: set[Node] = set()
     guessed: list[Node] = []
+    marked: set[Node] = set()
     for is_sure, pending in ((True, list(begun)), (False, guessed)):
         while pending:
             node = pending.pop()
@@ -65,7 +66,9 @@ def mark(roots: Iterable[Node], *, only: set[Node] | None, create_graph: bool) -
                     node.grad_parents += begun
                 node.is_sure = is_sure or (node.has_grad and node.is_sure)
                 node.has_grad = True
+                marked.add(node)
             (guessed if node.is_guess else pending).extend(node.parents)
+    return marked
 
 
 def _keeps(node: Node, only: set[Node] | None) -> bool:

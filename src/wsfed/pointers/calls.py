@@ -15,6 +15,7 @@ from wsfed.ops.table import depends_on_floats, lookup, wire_name
 from wsfed.pointers.autograd import Node
 from wsfed.pointers.inference import UnknownShape, infer
 from wsfed.pointers.link import Link
+from wsfed.pointers.recording import recording_now
 from wsfed.pointers.shapes import SHAPING, Inferred, Meta, ShapeCache, meta_of
 from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.pointers.views import check_write, followed, share, wrote
@@ -215,6 +216,8 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     values = _values(SHAPING[name], tensors, key) if name in SHAPING else {}
     site = capture_site(3)
     link = _one_link(name, tensors, site)
+    if (recording := recording_now()) is not None:
+        recording.saw(tensors)
     whole = tuple(key)
     inferred = _cache.get(whole)
     if inferred is None:
@@ -557,7 +560,7 @@ def _issue_unresolved(
     _send(name, [result._handle.id for result in results], args, kwargs, mode, link, site)
     for result, parents in zip(results, inferred.parents, strict=True):
         result.__dict__["_node"] = Node(_nodes(tensors, parents)) if parents else None
-    if link.blocking:
+    if link.blocking and recording_now() is None:
         for result in results:
             result.resolve()
     return results[0] if inferred.spec is None else inferred.build(results)

@@ -15,6 +15,7 @@ from wsfed.errors import NotCollocated, OpNotAllowed, PointerError
 from wsfed.pointers.autograd import Node, mark
 from wsfed.pointers.calls import check_function, is_pointer, make, mode_now
 from wsfed.pointers.link import Link
+from wsfed.pointers.recording import recording_now
 from wsfed.pointers.shapes import intern_meta
 from wsfed.pointers.site import Site, capture_site, describe_site
 from wsfed.protocol import messages as m
@@ -49,9 +50,14 @@ def backward(
         None if only is None else [each._handle.id for each in only],
         _mode(),
     )
+    if (recording := recording_now()) is not None:
+        recording.saw([*roots, *gradients, *(only or ())])
     link.issue(command.wire(), site)
     nodes = None if only is None else {each._graph_node() for each in only}
-    mark([each._graph_node() for each in roots], only=nodes, create_graph=create_graph)
+    begun = [each._graph_node() for each in roots]
+    marked = mark(begun, only=nodes, create_graph=create_graph)
+    if recording is not None:
+        recording.marked(begun, nodes, marked, create_graph=create_graph)
 
 
 def grad(
@@ -95,6 +101,8 @@ def grad(
         all_roots = [*roots, *(g for g in gradients if g is not None and g._known().requires_grad)]
         parents = tuple(each._graph_node() for each in all_roots)
     asked = [each for each, node in zip(wanted, nodes, strict=True) if node in used]
+    if (recording := recording_now()) is not None:
+        recording.saw([*roots, *wanted, *gradients])
     made = {each._graph_node(): _result(link, each, parents) for each in asked}
     if made:
         _issue_grad(link, roots, asked, gradients, made, retain_graph, create_graph, site)

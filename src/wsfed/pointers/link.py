@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -22,11 +23,15 @@ class Link(Protocol):
         worker: what ``Pointer.location`` gives; has an ``id``.
         device: where the worker computes.
         blocking: ``settle`` and ``run`` return results instead of awaitables.
+        recordings: that hold back what is released while they last.
+        plans: what was shipped, by the hash of the program.
     """
 
     worker: Any
     device: torch.device
     blocking: bool
+    recordings: list[Any]
+    plans: weakref.WeakValueDictionary[str, Any]
 
     @property
     def closed(self) -> bool:
@@ -42,6 +47,9 @@ class Link(Protocol):
         self, id: int, tensor: torch.Tensor, requires_grad: bool, site: Site | None = None
     ) -> None:
         """Queue a tensor, as it is now, to be kept under ``id``."""
+
+    def define(self, plan: int, packed: bytes, site: Site | None = None) -> None:
+        """Queue a recorded program, to be kept under ``plan``."""
 
     def release(self, id: int, nbytes: int = 0) -> None:
         """Nobody holds this object, of about this size, any more. From any thread; never raises."""

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from wsfed.errors import PointerError
 from wsfed.pointers.link import Link
 from wsfed.pointers.pointer import Pointer, make_sent, transfer
+from wsfed.pointers.recording import unrecorded
 
 __all__ = ["install", "uninstall"]
 
@@ -51,6 +52,11 @@ def uninstall() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    with unrecorded():  # a plan begins with the state where it is needed
+        _follow(optimizer)
+
+
+def _follow(optimizer: torch.optim.Optimizer) -> None:
     away: dict[Link, list[_Place]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

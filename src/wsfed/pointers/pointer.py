@@ -18,6 +18,7 @@ from wsfed.pointers.gradients import backward, grad
 from wsfed.pointers.handle import Handle
 from wsfed.pointers.link import Link, link_of
 from wsfed.pointers.local import LOCAL
+from wsfed.pointers.recording import recording_now
 from wsfed.pointers.shapes import Meta, intern_meta
 from wsfed.pointers.site import Site, capture_site
 from wsfed.pointers.views import followed, node_of
@@ -25,7 +26,7 @@ from wsfed.protocol import messages as m
 from wsfed.protocol.values import REF
 from wsfed.tensors import DTYPES
 
-__all__ = ["Pointer", "make_pointer", "make_sent", "transfer"]
+__all__ = ["Pointer", "make_pointer", "make_result", "make_sent", "transfer"]
 
 _OFF = torch._C.DisableTorchFunctionSubclass
 _empty = torch.empty_strided
@@ -117,6 +118,8 @@ class Pointer(torch.Tensor):
 
     def _clone(self) -> Pointer:
         link, meta = self._handle.link, self._known()
+        if (recording := recording_now()) is not None:
+            recording.saw([self])
         id = link.new_id()
         link.issue(m.Clone(self._handle.id, id).wire(), capture_site())
         return _make(
@@ -174,6 +177,8 @@ class Pointer(torch.Tensor):
         return node_of(state)
 
     def _get_grad(self) -> Pointer | None:
+        if (recording := recording_now()) is not None:
+            recording.asked_for_gradient(self)
         node: Node | None = self.__dict__.get("_node")
         if node is None or not node.has_grad:
             return None
@@ -192,7 +197,7 @@ class Pointer(torch.Tensor):
         made = _make(link, id, grad_meta)
         if in_graph:
             made.__dict__["_node"] = Node(node.grad_parents, is_guess=True)
-        if not node.is_sure and link.blocking:
+        if not node.is_sure and link.blocking and recording is None:
             try:
                 made.resolve()
             except OpNotAllowed:  # there is none after all
@@ -203,11 +208,14 @@ class Pointer(torch.Tensor):
         return made
 
     def _set_grad(self, value: torch.Tensor | None) -> None:
-        if value is None and not self._graph_node().has_grad:
+        recording = recording_now()
+        if value is None and recording is None and not self._graph_node().has_grad:
             return
         if value is not None and not isinstance(value, Pointer):
             value = make_sent(self._handle.link, value)
         self._check_grad(value)
+        if recording is not None:
+            recording.saw([self] if value is None else [self, value])
         wire = None if value is None else [REF, value._handle.id]
         self._handle.link.issue(
             [
@@ -224,6 +232,8 @@ class Pointer(torch.Tensor):
         node.has_grad, node.grad_parents = value is not None, ()
         if value is not None and value._known().requires_grad:
             node.grad_parents = (value._graph_node(),)
+        if recording is not None:
+            recording.gradient_set(self, None if value is None else node.grad_parents)
         self.__dict__["_grad_pointer"] = None if value is None else (node.generation, value)
 
     def _check_grad(self, value: Pointer | None) -> None:
@@ -248,6 +258,9 @@ class Pointer(torch.Tensor):
 
     def _retain_grad(self) -> None:
         self._graph_node().retains = True
+        if (recording := recording_now()) is not None:
+            recording.saw([self])
+            recording.retained(self)
         self._handle.link.issue(
             [m.Execute.code, "torch.Tensor.retain_grad", [], [[REF, self._handle.id]], {}, 0],
             capture_site(),
@@ -381,6 +394,11 @@ def make_pointer(
     """A pointer to a contiguous leaf that the worker has, or will have, under ``id``."""
     meta = intern_meta(tuple(shape), _contiguous(shape), dtype, requires_grad, True)
     return _make(link, id, meta)
+
+
+def make_result(link: Link, meta: Meta | None) -> Pointer:
+    """A pointer to what a plan will make."""
+    return _make(link, link.new_id(), meta)
 
 
 def transfer(pointers: Sequence[Pointer], to: Link) -> list[Pointer]:

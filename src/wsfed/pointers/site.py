@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 from typing import Final, TypeAlias
 
 import torch
 
-__all__ = ["Site", "capture_site", "describe_site"]
+__all__ = ["Site", "StepSites", "capture_site", "describe_site"]
 
-#: A code object and the instruction in it; the line is looked up only for an error.
-Site: TypeAlias = tuple[CodeType, int]
+#: A code object and the instruction in it; the line is looked up only for an error. Or what stands
+#: for the lines of a plan.
+Site: TypeAlias = "tuple[CodeType, int] | StepSites"
 
 _OURS: Final = (
     str(Path(__file__).parent.parent) + os.sep,
@@ -29,6 +32,25 @@ _USERS: Final = str(Path(__file__).parent.parent / "testing" / "conformance.py")
 #: Whether a code object is torch's or wsfed's. Code objects live as long as their functions.
 _SKIPPED: dict[CodeType, bool] = {}
 _MOST: Final = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class StepSites:
+    """The user's lines behind the steps of a plan, and the one that called it.
+
+    Attributes:
+        plan: its name.
+        steps: the line of each step.
+        call: the line of the call.
+    """
+
+    plan: str
+    steps: Sequence[Site | None]
+    call: Site | None = None
+
+    def called_at(self, site: Site | None) -> StepSites:
+        """The same for one call."""
+        return StepSites(self.plan, self.steps, site)
 
 
 def capture_site(depth: int = 1) -> Site | None:
@@ -57,13 +79,26 @@ def _remember(code: CodeType) -> bool:
     return skip
 
 
-def describe_site(site: Site | None) -> str:
-    """``file:line`` of a site, ``""`` where there is none."""
+def describe_site(site: Site | None, step: int = 0) -> str:
+    """``file:line`` of a site, ``""`` where there is none.
+
+    Args:
+        site: of a command.
+        step: of a plan, from 1; 0 for none.
+    """
     if site is None:
         return ""
+    if isinstance(site, StepSites):
+        return _describe_step(site, step)
     code, instruction = site
     line = code.co_firstlineno
     for start, end, number in code.co_lines():
         if start <= instruction < end and number is not None:
             line = number
     return f"{code.co_filename}:{line}"
+
+
+def _describe_step(sites: StepSites, step: int) -> str:
+    called = describe_site(sites.call)
+    inner = describe_site(sites.steps[step - 1]) if 0 < step <= len(sites.steps) else ""
+    return f"{inner}, in plan {sites.plan!r} called at {called}" if inner else called

@@ -24,6 +24,9 @@ __all__ = [
     "MAX_ID",
     "MAX_IDS",
     "MAX_OPEN_STREAMS",
+    "MAX_PLANS",
+    "MAX_PLAN_BYTES",
+    "MAX_PLAN_SLOTS",
     "MAX_TAGS",
     "MAX_TENSOR_BYTES",
     "MAX_TEXT",
@@ -81,6 +84,16 @@ MAX_TENSOR_BYTES = 2**40
 #: Streams announced and not complete. A sender sends one after the other; a few more let a
 #: relay interleave.
 MAX_OPEN_STREAMS = 16
+
+#: A recorded program. An operation takes about 30 bytes, a parameter with Adam ten operations: this
+#: is enough for 3,000 parameters, and unpacked it takes 68 MiB at most.
+MAX_PLAN_BYTES = 1024 * 1024
+
+#: What the steps of a program make; a slot costs eight bytes at each run.
+MAX_PLAN_SLOTS = 131_072
+
+#: Programs that a session keeps at a time.
+MAX_PLANS = 1024
 
 #: Sent and not yet processed by the peer: bytes. Above the bandwidth-delay product of 1 Gbit/s
 #: at 100 ms (12.5 MB).

@@ -33,6 +33,7 @@ __all__ = [
     "Cancel",
     "Chunk",
     "Clone",
+    "Define",
     "Delete",
     "Describe",
     "Execute",
@@ -46,14 +47,18 @@ __all__ = [
     "OpenDataset",
     "OpenStream",
     "Ping",
+    "Progress",
     "Receive",
     "Refused",
     "RequestFailed",
     "Resume",
     "Resumed",
+    "Run",
+    "RunOver",
     "Search",
     "Seed",
     "SessionLost",
+    "Stop",
     "Store",
     "Tag",
     "TensorReply",
@@ -163,15 +168,16 @@ def _texts(most: int) -> Any:
 def _is_failure(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) == 5
+        and len(value) == 6
         and all(map(_is_text, value[:4]))
         and _list_of(_is_text, 256)(value[4])
+        and _is_uint(value[5])
     )
 
 
-#: A failure on the wire: ``[class, type, message, op, shapes]``.
+#: A failure on the wire: ``[class, type, message, op, shapes, step of a plan or 0]``.
 def _failure() -> Any:
-    return _field("a failure: [class, type, message, op, [shapes]]", _is_failure)
+    return _field("a failure: [class, type, message, op, [shapes], step]", _is_failure)
 
 
 def _mapping() -> Any:
@@ -290,6 +296,13 @@ class Cancel(Message):
     """Skip every command up to frame ``seq`` that has not started."""
 
     seq: int = _uint()
+
+
+@_message(11, CONTROL)
+class Stop(Message):
+    """End a run over a data set (its request) after the batch that is being worked on."""
+
+    request: int = _id()
 
 
 # --- stream: numbered, either direction ----------------------------------------------------------
@@ -461,6 +474,74 @@ class Clone(Message):
     copy: int = _id()
 
 
+@_message(47, COMMANDS)
+class Define(Message):
+    """Keep a recorded program (:mod:`wsfed.plans.program`), the bytes of a tensor, as ``plan``."""
+
+    plan: int = _id()
+    tensor: int = _uint()
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float
+
+
+_are_numbers = _list_of(_is_number, limits.MAX_IDS)
+
+
+@_message(48, COMMANDS)
+class Run(Message):
+    """Run a program once. ``inputs`` and ``outs`` are in its own order, and so are ``numbers``."""
+
+    plan: int = _id()
+    inputs: list[int] = _ids()
+    numbers: list[float] = _field("a list of fractional numbers", _are_numbers)
+    outs: list[int] = _ids()
+
+
+def _is_segment(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 5
+        and _is_id(value[0])
+        and _is_id(value[1])
+        and _list_of(_is_place, limits.MAX_IDS)(value[2])
+        and value[3] in (1, value[1])
+        and _list_of(_is_uint, limits.MAX_IDS)(value[4])
+    )
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) is int and -limits.MAX_IDS <= value <= limits.MAX_ID
+
+
+@_message(49, COMMANDS)
+class RunOver(Message):
+    """Run programs over the batches of a data set, and report the numbers that they give."""
+
+    request: int = _id()
+    name: str = _text()
+    fields: list[str] = _texts(limits.MAX_IDS)
+    #: Order of the rows: nothing for the natural one, else the seed of the first epoch's
+    #: permutation; the next epoch has the next seed.
+    seed: int | None = _field("nothing or an integer of 53 bits", _maybe(_is_uint))
+    batch_size: int = _id()
+    #: How many batches an epoch has.
+    batches: int = _id()
+    #: For so many batches, one after the other: ``[plan, count, inputs, rows, outs]``. An input
+    #: that is 0 or less is a field of the batch (-1 the second one); rows are lists of numbers,
+    #: one a batch or one for all; an identifier of 0 is not bound.
+    segments: list[Any] = _field(
+        "a list of [plan, count, inputs, rows, outs]", _list_of(_is_segment, limits.MAX_IDS)
+    )
+    #: The place of a float64 tensor: the numbers of all rows, one after the other.
+    tensor: int = _uint()
+    #: Which results are reported after each batch.
+    shown: list[int] = _field("a list of places", _list_of(_is_uint, limits.MAX_IDS))
+    #: The place of the result that ends it when it is true.
+    until: int | None = _field("nothing or a place", _maybe(_is_uint))
+
+
 # --- replies: worker to client -------------------------------------------------------------------
 
 
@@ -500,6 +581,18 @@ class Failed(Message):
     #: Whether the failure has poisoned an object, so that awaiting that object will tell.
     bound: bool = _flag()
     failure: list[Any] = _failure()
+
+
+@_message(68, REPLIES)
+class Progress(Message):
+    """How far a :class:`RunOver` is: batches done, and what was not reported before."""
+
+    request: int = _id()
+    done: int = _uint()
+    #: A list for each batch.
+    values: list[list[float]] = _field(
+        "a list of lists of fractional numbers", _list_of(_are_numbers, limits.MAX_IDS)
+    )
 
 
 BY_CODE: Final[Mapping[int, type[Message]]] = MappingProxyType(

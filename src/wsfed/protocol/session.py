@@ -48,6 +48,7 @@ __all__ = [
     "Session",
     "Silent",
     "State",
+    "StopAsked",
     "read_greeting",
 ]
 
@@ -151,7 +152,16 @@ class Silent:
     seconds: float
 
 
-Event: TypeAlias = Opened | Delivery | Lost | RefusedByPeer | Ended | CancelAsked | Silent
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """The client wants a run over a data set to end with the batch that is being worked on."""
+
+    request: int
+
+
+Event: TypeAlias = (
+    Opened | Delivery | Lost | RefusedByPeer | Ended | CancelAsked | StopAsked | Silent
+)
 
 
 def read_greeting(data: Buffer) -> messages.Hello | messages.Resume:
@@ -293,6 +303,10 @@ class Session:
         """Client: give up every command that was sent and has not started."""
         self._say(messages.Cancel(self.sender.sent))
 
+    def stop(self, request: int) -> None:
+        """Client: end a run over a data set with the batch that is being worked on."""
+        self._say(messages.Stop(request))
+
     @property
     def has_control(self) -> bool:
         """Whether something waits that belongs to the session and not to its stream."""
@@ -370,6 +384,8 @@ class Session:
                 return None
             case messages.Cancel(seq) if not client and self.state is State.LIVE:
                 return CancelAsked(seq)
+            case messages.Stop(request) if not client and self.state is State.LIVE:
+                return StopAsked(request)
             case messages.Welcome() if client and self.state is State.GREETING:
                 self._move(Input.WELCOME)
                 self.id, self._token, self.epoch = message.session, message.token, message.epoch

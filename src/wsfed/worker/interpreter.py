@@ -33,6 +33,7 @@ from wsfed.protocol.values import REF
 from wsfed.tensors import DTYPE_NAMES, describe, incoming, outgoing
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.modes import Modes, watched
+from wsfed.worker.plans import Over, Programs, Shelf, StepFailed
 from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving, holds_rows
 from wsfed.worker.randomness import SessionRandom
 from wsfed.worker.sizes import ResultSizes
@@ -43,6 +44,9 @@ __all__ = ["Carry", "Interpreter", "Outcome", "Reply"]
 _record: Final = torch._C._set_grad_enabled
 #: A search tells of this many objects at most.
 _MOST_FOUND: Final = 1000
+_MOST_STOPPED: Final = 1000
+#: Seconds that a run over a data set goes on before it reports.
+_SLICE: Final = 0.05
 #: Different operations that a session may name; the table has fewer.
 _MOST_NAMES: Final = 16_384
 
@@ -84,6 +88,7 @@ class Interpreter:
         datasets: the owner's, by name.
         max_bytes: memory that the session's tensors may take.
         max_objects: identifiers that the session may bind.
+        programs: recorded programs that the worker has already.
 
     Attributes:
         store: the objects.
@@ -96,12 +101,17 @@ class Interpreter:
         *,
         max_bytes: int,
         max_objects: int,
+        programs: Programs | None = None,
     ) -> None:
         self.store = Store(max_bytes, max_objects)
         self._device, self._datasets = device, datasets
         self._random = SessionRandom(device)
         self._sizes = ResultSizes()
         self._modes = Modes(device)
+        self._shelf = Shelf(self.store, self._sizes, self, device, programs or Programs())
+        #: The run over a data set that is being worked on.
+        self._over: Over | None = None
+        self._stopped: set[int] = set()
         self._names: list[str] = []
         #: The operations of these names, as far as there are some.
         self._ops: list[Op | None] = []
@@ -132,12 +142,21 @@ class Interpreter:
                     self._run_operation(command, outcome)
                 else:
                     self._run_one(command, tensors, outcome, cancelled())
+                if self._over is not None:  # there is more to do
+                    outcome.next = index
+                    break
                 outcome.next = index + 1
                 if outcome.replies and outcome.replies[-1].tensor is not None:
                     budget -= len(outcome.replies[-1].tensor.data)
                     if budget <= 0:
                         break
         return outcome
+
+    def stop(self, request: int) -> None:
+        """End a run over a data set with the batch it is at; from any thread."""
+        if len(self._stopped) >= _MOST_STOPPED:  # of runs that had ended by themselves
+            self._stopped.clear()
+        self._stopped.add(request)
 
     def _run_operation(self, command: m.Execute, outcome: Outcome) -> None:
         """The commonest command."""
@@ -159,13 +178,28 @@ class Interpreter:
         if isinstance(command, m.Execute):
             name = self._name(command.op)
         try:
-            if cancelled and not isinstance(command, m.Delete):
+            if cancelled and not isinstance(command, m.Delete) and self._over is None:
                 raise Cancelled("it was cancelled before it ran", op=name)
+            if cancelled and self._over is not None:
+                self._stopped.add(self._over.request)
             self._dispatch(command, name, seen, tensors, outcome)
         except Poisoned as poisoned:
+            self._over = None
             self._fail(command, poisoned.failure, outcome, first=False)
+        except StepFailed as failed:
+            self._over = None
+            self._fail_step(command, failed, outcome)
         except Exception as error:
+            self._over = None
             self._fail_first(command, name, seen, error, outcome)
+
+    def _fail_step(self, command: m.Message, failed: StepFailed, outcome: Outcome) -> None:
+        """A step of a plan failed."""
+        error = failed.error
+        if failed.private and not isinstance(error, RemoteError | RemoteProtocolError):
+            error = RemoteError(CANNED, type=type(error).__name__)
+        failure = poison_of(error, failed.name, failed.shapes, self._at, failed.step)
+        self._fail(command, failure, outcome, first=True)
 
     def _fail_first(
         self,
@@ -203,6 +237,8 @@ class Interpreter:
             # What would have given its argument itself has not touched it.
             results = [id for id in results if id not in self.store]
         self.store.poison(results, failure)
+        if isinstance(command, m.Define):
+            self._shelf.poison(command.plan, failure)
         request = getattr(command, "request", 0)
         if request:
             outcome.replies.append(
@@ -210,7 +246,9 @@ class Interpreter:
             )
         elif first:
             outcome.replies.append(
-                Reply(m.Failed(failure.seq, failure.index, bool(results), failure.wire()))
+                Reply(
+                    m.Failed(failure.seq, failure.index, _tells(command, results), failure.wire())
+                )
             )
 
     def _dispatch(
@@ -226,6 +264,13 @@ class Interpreter:
                 self._store(command, tensors)
             case m.Delete(ids):
                 self.store.delete(ids)
+                self._shelf.forget(ids)
+            case m.Define(plan, place):
+                self._define(plan, tensors[place])
+            case m.Run():
+                self._shelf.run(command)
+            case m.RunOver():
+                self._run_over(command, tensors[command.tensor], outcome)
             case m.Backward():
                 self._backward(command, seen)
             case m.Get(request, id):
@@ -318,7 +363,7 @@ class Interpreter:
         else:
             self._bind(command.outs, result, NO_LABELS)
 
-    def _call(self, op: Op, args: list[Any], kwargs: dict[str, Any], mode: int) -> Any:
+    def _call(self, op: Op, args: Sequence[Any], kwargs: dict[str, Any], mode: int) -> Any:
         if mode <= modes.NO_GRAD and not op.random and not self._modes.in_region:
             if not mode:
                 return op.call(*args, **kwargs)
@@ -351,6 +396,10 @@ class Interpreter:
             seen.append(entry)
             return entry.value  # type: ignore[return-value]
 
+        self.backward(command, look)
+
+    def backward(self, command: m.Backward, look: Callable[[int], torch.Tensor]) -> None:
+        """Run a backward pass in its modes; ``look`` gives the tensors that it names."""
         roots, gradients = [look(id) for id in command.roots], command.gradients
         with self._modes.entered(command.mode), watched(command.mode, roots):
             torch.autograd.backward(
@@ -374,6 +423,40 @@ class Interpreter:
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             self.store.check_room(tensor.nbytes)
         return tensor
+
+    # --- plans ---
+
+    def _define(self, plan: int, received: Incoming) -> None:
+        packed = None if received.data is None else bytes(received.data)
+        if packed is None:
+            raise QuotaExceeded(f"there is no room for {received.nbytes:,} bytes")
+        self._shelf.define(plan, packed)
+
+    def _run_over(self, command: m.RunOver, numbers: Incoming, outcome: Outcome) -> None:
+        """Work on a run over a data set for a while; ``_over`` is set until it is done."""
+        if (over := self._over) is None:
+            rows = incoming(numbers)
+            if rows is None:
+                raise QuotaExceeded(f"there is no room for {numbers.nbytes:,} bytes")
+            dataset = self._dataset(command.name)
+            over = self._over = self._shelf.over(command, dataset, rows.double().tolist())
+        values = over.advance(_SLICE, lambda: over.request in self._stopped)
+        if values:
+            outcome.replies.append(Reply(m.Progress(over.request, over.done, values)))
+        if over.is_over:
+            self._over = None
+            self._stopped.discard(over.request)
+            told = {"done": over.done, "stopped": over.stopped}
+            outcome.replies.append(Reply(m.ValueReply(over.request, told)))
+
+    def call(self, op: Op, args: Sequence[Any], kwargs: dict[str, Any], mode: int) -> Any:
+        """Run a step of a plan in its modes (:class:`~wsfed.plans.compiled.Machine`)."""
+        return self._call(op, args, kwargs, mode)
+
+    def leave_region(self) -> None:
+        """See :class:`~wsfed.plans.compiled.Machine`."""
+        with self._modes.entered(0):
+            pass
 
     # --- the others ---
 
@@ -447,14 +530,26 @@ def _roots(op: Op, args: Sequence[Any]) -> Sequence[torch.Tensor]:
 
 
 #: What a client calls a command, where that is not the command's own name.
-_SAID: Final[Mapping[type[m.Message], str]] = {m.OpenDataset: "dataset"}
+_SAID: Final[Mapping[type[m.Message], str]] = {
+    m.Define: "plan",
+    m.OpenDataset: "dataset",
+    m.Run: "plan",
+    m.RunOver: "plan",
+}
+
+
+def _tells(command: m.Message, results: Sequence[int]) -> bool:
+    """Whether awaiting what the command was to make tells of its failure."""
+    return bool(results) or isinstance(command, m.Define)
 
 
 def _results(command: m.Message) -> list[int]:
     """The identifiers that a command would have bound."""
     match command:
-        case m.Execute() | m.Batch():
+        case m.Execute() | m.Batch() | m.Run():
             return command.outs
+        case m.RunOver():
+            return [id for *_, outs in command.segments for id in outs if id]
         case m.Store():
             return [command.id]
         case m.Clone():

@@ -30,6 +30,7 @@ from wsfed.protocol.session import (
     Session,
     Silent,
     State,
+    StopAsked,
 )
 from wsfed.protocol.stream import Delivery, Incoming
 from wsfed.worker.interpreter import Carry, Outcome, Reply
@@ -46,6 +47,7 @@ __all__ = [
     "Instruction",
     "PeerLost",
     "Run",
+    "StopRun",
     "Tick",
     "WorkerSession",
 ]
@@ -110,6 +112,13 @@ class CancelUpTo:
 
 
 @dataclass(frozen=True, slots=True)
+class StopRun:
+    """End the run over a data set that this request began, with the batch it is at."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
 class Expect:
     """Another worker will bring these objects."""
 
@@ -125,7 +134,7 @@ class Close:
     forget: bool
 
 
-Instruction: TypeAlias = Run | CancelUpTo | Expect | Carry | Close
+Instruction: TypeAlias = Run | CancelUpTo | StopRun | Expect | Carry | Close
 
 
 @dataclass(slots=True)
@@ -201,6 +210,8 @@ class WorkerSession:
                     instructions += self._delivered(event)
                 case CancelAsked(seq):
                     instructions.append(CancelUpTo(seq))
+                case StopAsked(request):
+                    instructions.append(StopRun(request))
                 case Ended(reason) | RefusedByPeer(_, reason):
                     self._frames.clear()
                     instructions.append(Close(reason, forget=True))
@@ -219,8 +230,11 @@ class WorkerSession:
         return instructions
 
     def _check(self, command: m.Message, delivery: Delivery) -> None:
-        if isinstance(command, m.Store) and command.tensor >= len(delivery.tensors):
-            raise RemoteProtocolError("malformed", "Store.tensor is not in the frame's table")
+        if isinstance(command, m.Store | m.Define | m.RunOver) and command.tensor >= len(
+            delivery.tensors
+        ):
+            name = type(command).__name__
+            raise RemoteProtocolError("malformed", f"{name}.tensor is not in the frame's table")
         if self._only is not None and not (
             isinstance(command, CARRIER)
             and (not isinstance(command, m.Store) or command.id in self._only)

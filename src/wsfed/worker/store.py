@@ -20,7 +20,10 @@ __all__ = ["Entry", "Failure", "Poisoned", "Store"]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong, as it is told to the client; ``seq`` and ``index`` name the command."""
+    """What went wrong, as it is told to the client.
+
+    ``seq`` and ``index`` name the command, ``step`` the step of a plan, from 1.
+    """
 
     error: str
     type: str
@@ -29,10 +32,11 @@ class Failure:
     shapes: tuple[str, ...]
     seq: int
     index: int
+    step: int = 0
 
     def wire(self) -> list[object]:
         """The failure as messages carry it."""
-        return [self.error, self.type, self.message, self.op, list(self.shapes)]
+        return [self.error, self.type, self.message, self.op, list(self.shapes), self.step]
 
 
 class Poisoned(Exception):
@@ -208,7 +212,9 @@ def _size(value: torch.Tensor | Failure) -> int:
     return value.nbytes if isinstance(value, torch.Tensor) else 0
 
 
-def poison_of(error: Exception, op: str, shapes: Sequence[str], at: tuple[int, int]) -> Failure:
+def poison_of(
+    error: Exception, op: str, shapes: Sequence[str], at: tuple[int, int], step: int = 0
+) -> Failure:
     """The failure that an exception becomes.
 
     Args:
@@ -216,6 +222,7 @@ def poison_of(error: Exception, op: str, shapes: Sequence[str], at: tuple[int, i
         op: the operation or the command.
         shapes: of its arguments.
         at: number of the frame and place of the command in it.
+        step: of a plan, from 1.
     """
     known = isinstance(error, RemoteError)
     message = error.message if isinstance(error, RemoteError) else str(error)
@@ -227,4 +234,5 @@ def poison_of(error: Exception, op: str, shapes: Sequence[str], at: tuple[int, i
         shapes=tuple(shapes)[:64],
         seq=at[0],
         index=at[1],
+        step=step,
     )

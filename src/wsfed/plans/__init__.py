@@ -1,0 +1,1 @@
+"""Recorded programs: what they are made of, how they are checked, and how they run."""

@@ -1,0 +1,182 @@
+"""What an optimizer's step does now, asked of torch's own ``step()``.
+
+Its numbers come from Python: a learning rate that a schedule changes, a count of steps. They are
+the same for all parameters of a group, as a rule. Where one parameter of each group has told all
+numbers once, only these are asked from then on, as long as everything else is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from wsfed.pointers.kept import Use
+from wsfed.pointers.pointer import Pointer
+from wsfed.pointers.recording import Part, Recording
+
+__all__ = ["Stepper", "own_state", "rates_of", "set_own_state"]
+
+
+class Stepper:
+    """Asks one optimizer what its step does, again and again.
+
+    Args:
+        optimizer: torch's, or one that is written like them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._use: Use | None = None
+        self._looks: Any = None
+        #: What a sample does, if it tells all numbers.
+        self._key: bytes | None = None
+
+    def step(self, recording: Recording) -> Use:
+        """What it does now; afterwards it has counted one step more."""
+        looks = self._look()
+        is_same = looks == self._looks
+        if is_same and self._key is not None:
+            before = own_state([self._optimizer])
+            part = self._sample(recording)
+            if part.key == self._key:
+                _spread(self._optimizer)
+                assert self._use is not None
+                return replace(self._use, part=replace(self._use.part, numbers=part.numbers))
+            set_own_state([self._optimizer], before)  # it takes another branch
+        expected = self._expect(recording) if is_same else None
+        part = recording.step_again(self._optimizer)
+        use = Use.of_step(part, recording.metas)
+        is_steady = self._use is not None and self._use.key == use.key
+        knows = expected is not None and is_steady and expected.numbers == part.numbers
+        self._key = expected.key if expected is not None and knows else None
+        self._use, self._looks = use, looks
+        return use
+
+    def _expect(self, recording: Recording) -> Part:
+        """What a sample says; it is taken back."""
+        before = own_state([self._optimizer])
+        part = self._sample(recording)
+        set_own_state([self._optimizer], before)
+        return part
+
+    def _sample(self, recording: Recording) -> Part:
+        parts = list(recording.parts)
+        with _one_of_each_group(self._optimizer):
+            part = recording.step_again(self._optimizer)
+        recording.parts[:] = parts
+        return part
+
+    def _look(self) -> Any:
+        """Everything but numbers that a step depends on: what is there, and where."""
+        found: list[Any] = []
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                state = parameter.__dict__
+                node, handle = state.get("_node"), state.get("_handle")
+                found.append(id(parameter))
+                found.append(None if handle is None else handle.id)
+                found.append(None if handle is None else handle.link)
+                found.append(node is not None and node.has_grad)
+                for name, value in self._optimizer.state.get(parameter, {}).items():
+                    found.append(name)
+                    if type(value) is Pointer:
+                        found.append(value._handle.id)
+        return found
+
+
+def _first_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[Any]:
+    """The first parameter of a group that has a gradient."""
+    for parameter in group["params"]:
+        node = parameter.__dict__.get("_node")
+        if node is not None and node.has_grad:
+            return [parameter]
+    return []
+
+
+@contextmanager
+def _one_of_each_group(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    kept = [group["params"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["params"] = _first_of(optimizer, group)
+        yield
+    finally:
+        for group, params in zip(optimizer.param_groups, kept, strict=True):
+            group["params"] = params
+
+
+def _spread(optimizer: torch.optim.Optimizer) -> None:
+    """Have every parameter count as many steps as the one of its group that was asked."""
+    there: list[torch.Tensor] = []
+    now: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        for first in _first_of(optimizer, group):
+            told = optimizer.state.get(first, {})
+            for name, value in told.items():
+                if type(value) is Pointer:
+                    continue
+                for state in _stepped(optimizer, group):
+                    if state is told:
+                        continue
+                    if isinstance(value, torch.Tensor):
+                        there.append(state[name])
+                        now.append(value)
+                    else:
+                        state[name] = value
+    if there:
+        torch._foreach_copy_(there, now)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The states of the parameters of a group that have a gradient."""
+    for parameter in group["params"]:
+        node = parameter.__dict__.get("_node")
+        if node is not None and node.has_grad:
+            state: dict[str, Any] = optimizer.state[parameter]
+            yield state
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What an optimizer is set to: learning rates and their like."""
+    return [
+        {word: _plain(value) for word, value in group.items() if word != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(value: Any) -> Any:
+    is_local = isinstance(value, torch.Tensor) and not isinstance(value, Pointer)
+    return value.tolist() if is_local else value
+
+
+def own_state(optimizers: Sequence[torch.optim.Optimizer]) -> list[Any]:
+    """What optimizers keep here: settings, and counters of steps."""
+    return [
+        (
+            rates_of(optimizer),
+            [
+                {
+                    name: value._handle.id if type(value) is Pointer else _plain(value)
+                    for name, value in state.items()
+                }
+                for state in optimizer.state.values()
+            ],
+        )
+        for optimizer in optimizers
+    ]
+
+
+def set_own_state(optimizers: Sequence[torch.optim.Optimizer], kept: list[Any]) -> None:
+    """Put back what :func:`own_state` told of counters."""
+    for optimizer, (_, states) in zip(optimizers, kept, strict=True):
+        for state, values in zip(optimizer.state.values(), states, strict=True):
+            for name, value in values.items():
+                there = state[name]
+                if isinstance(there, torch.Tensor) and type(there) is not Pointer:
+                    there.copy_(torch.tensor(value, dtype=there.dtype))
+                elif type(there) is not Pointer:
+                    state[name] = value

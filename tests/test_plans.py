@@ -1,0 +1,577 @@
+"""Plans: what a recorded function does is what it does without a plan, bit for bit."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import wsfed
+from tests.pointers.oracle import assert_same, assert_same_bits, assert_same_grad
+from wsfed import sync
+
+SEEDED = torch.Generator().manual_seed(0)
+ROWS = torch.randn(50, 6, generator=SEEDED)
+LABELS = torch.randint(0, 3, (50,), generator=SEEDED)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several threads may sum up in another order each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bob() -> Iterator[sync.VirtualWorker]:
+    data = wsfed.Dataset("points", {"x": ROWS, "y": LABELS})
+    open_data = wsfed.Dataset("open", {"x": ROWS, "y": LABELS}, open=True)
+    with sync.VirtualWorker("bob", datasets=[data, open_data]) as worker:
+        yield worker
+
+
+@pytest.fixture
+def alice() -> Iterator[sync.VirtualWorker]:
+    with sync.VirtualWorker("alice") as worker:
+        yield worker
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def step_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Any, Any], Any]:
+    def step(x: Any, y: Any) -> Any:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True),
+    "dampening": lambda ps: torch.optim.SGD(ps, 0.1, 0.9, dampening=0.1, weight_decay=0.01),
+    "Adam": lambda ps: torch.optim.Adam(ps, lr=0.01),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01, amsgrad=True),
+    "NAdam": lambda ps: torch.optim.NAdam(ps, lr=0.01),
+    "RAdam": lambda ps: torch.optim.RAdam(ps, lr=0.01),
+    "Adamax": lambda ps: torch.optim.Adamax(ps, lr=0.01),
+    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.01),
+    "Adadelta": lambda ps: torch.optim.Adadelta(ps),
+    "RMSprop": lambda ps: torch.optim.RMSprop(ps, lr=0.01, momentum=0.1, centered=True),
+    "Rprop": lambda ps: torch.optim.Rprop(ps, lr=0.01),
+    "ASGD": lambda ps: torch.optim.ASGD(ps, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_with_a_plan_is_training(name: str, bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    here, there = OPTIMIZERS[name](local.parameters()), OPTIMIZERS[name](remote.parameters())
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    for place in range(8):
+        size = 10 if place != 5 else 4
+        # Copies: matrix kernels promise equal bits for equally aligned memory only.
+        x, y = ROWS[place * 5 :][:size].clone(), LABELS[place * 5 :][:size].clone()
+        assert_same_bits(plan(bob.send(x), bob.send(y)).detach(), train(x, y))
+    for one, other in zip(remote.parameters(), local.parameters(), strict=True):
+        assert_same_bits(one.detach(), other)
+        assert_same_grad(one, other)
+    for one, other in zip(remote.buffers(), local.buffers(), strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("name", ["SGD", "momentum", "Adam", "RAdam"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_run_over_a_data_set_is_the_loop(
+    name: str, shuffle: bool, bob: sync.VirtualWorker
+) -> None:
+    local, remote = model(), bob.send(model())
+    here, there = OPTIMIZERS[name](local.parameters()), OPTIMIZERS[name](remote.parameters())
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    data = bob.dataset("points")
+    expected = list(local_epochs(train, 3, shuffle=shuffle))
+    run = data.run(plan, epochs=3, batch_size=16, shuffle=shuffle)
+    assert run.result().tolist() == expected
+    assert (run.stopped, run.done, run.total) == ("", 12, 12)
+    # The optimizer goes on where it is.
+    again = data.run(plan, epochs=1, batch_size=16, shuffle=shuffle)
+    assert again.result().tolist() == list(local_epochs(train, 1, shuffle=shuffle))
+    for one, other in zip(remote.parameters(), local.parameters(), strict=True):
+        assert_same_bits(one.detach(), other)
+
+
+def local_epochs(
+    train: Callable[[Any, Any], Any], epochs: int, *, shuffle: bool = True
+) -> Iterator[float]:
+    for epoch in range(epochs):
+        order = torch.arange(50)
+        if shuffle:
+            order = torch.randperm(50, generator=torch.Generator().manual_seed(epoch))
+        for start in range(0, 50, 16):
+            chosen = order[start : start + 16]
+            yield train(ROWS[chosen], LABELS[chosen]).item()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_run_ends_when_a_condition_holds(name: str, bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    here, there = OPTIMIZERS[name](local.parameters()), OPTIMIZERS[name](remote.parameters())
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    losses = local_epochs(train, 50)
+    expected: list[float] = []
+    while not expected or expected[-1] > 1.0:
+        expected.append(next(losses))
+    run = bob.dataset("points").run(
+        plan, epochs=50, batch_size=16, shuffle=True, until=lambda loss: loss <= 1.0
+    )
+    assert run.result().tolist() == expected
+    assert run.stopped == "until"
+    x, y = ROWS[:16], LABELS[:16]  # counted as many steps as were done
+    assert_same_bits(plan(bob.send(x), bob.send(y)).detach(), train(x, y))
+
+
+async def test_a_run_reports_while_it_runs_and_can_be_stopped() -> None:
+    data = wsfed.Dataset("points", {"x": ROWS, "y": LABELS})
+    async with wsfed.VirtualWorker("carol", datasets=[data]) as carol:
+        remote = carol.send(model())
+        optimizer = torch.optim.Adam(remote.parameters())
+        train = step_of(remote, optimizer)
+        plan = wsfed.plan(lambda x, y: {"loss": train(x, y), "rows": (y >= 0).sum()})
+        points = await carol.dataset("points")
+        run = points.run(plan, epochs=200, batch_size=10)
+        seen = []
+        async for progress in run:
+            seen.append(progress)
+            if len(seen) == 3:
+                run.stop()
+        values = await run
+        assert run.stopped == "stop"
+        assert 3 <= run.done == len(seen) == len(values["loss"]) < run.total == 1000
+        assert seen[-1].done == run.done and seen[7].epoch == 1
+        assert values["rows"].tolist() == [10.0] * run.done
+        first = next(iter(optimizer.state.values()))
+        assert first["step"] == run.done
+
+
+async def test_a_run_delays_nobody() -> None:
+    data = wsfed.Dataset("points", {"x": ROWS, "y": LABELS})
+    async with (
+        wsfed.Node("dora", datasets=[data]) as node,
+        node.listen() as url,
+        wsfed.connect(url) as one,
+        wsfed.connect(url) as two,
+    ):
+        remote = one.send(model())
+        plan = wsfed.plan(step_of(remote, torch.optim.SGD(remote.parameters(), lr=0.1)))
+        run = (await one.dataset("points")).run(plan, epochs=100_000, batch_size=10)
+        async for _ in run:
+            break
+        assert (await (two.send(torch.ones(2)) + 1)).tolist() == [2, 2]
+        one.cancel()
+        await run
+        assert run.stopped == "stop"
+
+
+def test_a_plan_is_recorded_once_for_each_kind_of_call(bob: sync.VirtualWorker) -> None:
+    recorded = []
+
+    @wsfed.plan
+    def scaled(x: Any, by: float = 2.0) -> Any:
+        recorded.append(tuple(x.shape))
+        return x * by
+
+    for _ in range(3):
+        assert scaled(bob.send(torch.ones(2))).get().tolist() == [2, 2]
+    assert recorded == [(2,)]
+    assert scaled(bob.send(torch.ones(3)), by=3.0).get().tolist() == [3, 3, 3]
+    assert scaled(bob.send(torch.ones(2, dtype=torch.int64))).get().tolist() == [2, 2]
+    with torch.no_grad():
+        scaled(bob.send(torch.ones(2)))
+    assert len(recorded) == 4
+    assert scaled.__name__ == "scaled"
+
+
+def test_a_call_is_one_small_message(bob: sync.VirtualWorker) -> None:
+    remote = bob.send(model())
+    plan = wsfed.plan(step_of(remote, torch.optim.SGD(remote.parameters(), lr=0.1)))
+    x, y = bob.send(ROWS[:10]), bob.send(LABELS[:10])
+    for _ in range(3):
+        plan(x, y)
+    bob.flush()
+    before = bob.traffic[0]
+    for _ in range(10):
+        plan(x, y)
+    bob.flush()
+    assert (bob.traffic[0] - before) / 10 < 250
+
+
+def test_training_and_evaluating_are_told_apart(bob: sync.VirtualWorker) -> None:
+    local = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5))
+    remote = bob.send(copy.deepcopy(local))
+    plan = wsfed.plan(lambda x: remote(x))
+    for _ in range(2):
+        for seed in (1, 2):
+            bob.manual_seed(seed)
+            got = plan(bob.send(ROWS)).get().detach()
+            torch.manual_seed(seed)
+            assert_same_bits(got, local(ROWS))
+        remote.eval()
+        local.eval()
+
+
+def test_a_rate_that_changes_between_calls_is_followed(bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    pairs = []
+    for net in (local, remote):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        pairs.append(
+            (step_of(net, optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+        )
+    (train, here), (step, there) = pairs
+    plan = wsfed.plan(step)
+    for _ in range(5):
+        assert_same_bits(plan(bob.send(ROWS), bob.send(LABELS)).detach(), train(ROWS, LABELS))
+        here.step()
+        there.step()
+    assert len(plan.programs) == 2
+
+
+def test_gradients_accumulate_and_are_clipped(bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+
+    def over(net: nn.Module) -> Callable[..., Any]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+        def step(x: Any, y: Any) -> Any:
+            for part in range(2):
+                F.cross_entropy(net(x[part::2]), y[part::2]).backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            return norm
+
+        return step
+
+    train, plan = over(local), wsfed.plan(over(remote))
+    for _ in range(4):
+        assert_same_bits(plan(bob.send(ROWS), bob.send(LABELS)), train(ROWS, LABELS))
+    assert all(p.grad is None for p in remote.parameters())
+
+
+def test_a_plan_runs_where_its_model_is(bob: sync.VirtualWorker, alice: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    here, there = OPTIMIZERS["Adam"](local.parameters()), OPTIMIZERS["Adam"](remote.parameters())
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    for worker in (bob, alice, bob):
+        sync.move(remote, worker)
+        for _ in range(2):
+            got = plan(worker.send(ROWS), worker.send(LABELS))
+            assert_same_bits(got.detach(), train(ROWS, LABELS))
+    assert len({program.hash for program in plan.programs}) == len(plan.programs)
+
+
+def test_results_are_part_of_the_graph(bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    plan = wsfed.plan(lambda x: {"out": remote(x), "same": x, "none": None, "two": 2})
+    for _ in range(3):
+        x, far = ROWS.clone().requires_grad_(), bob.send(ROWS.clone().requires_grad_())
+        got = plan(far)
+        assert got["same"] is far and got["none"] is None and got["two"] == 2
+        assert got["out"].requires_grad and not got["out"].is_leaf
+        (got["out"] * 2).sum().backward()
+        (local(x) * 2).sum().backward()
+        assert_same_grad(far, x)
+    for one, other in zip(remote.parameters(), local.parameters(), strict=True):
+        assert_same_grad(one, other)
+
+
+def test_a_plan_inside_a_plan_is_part_of_it(bob: sync.VirtualWorker) -> None:
+    inner = wsfed.plan(lambda x: x * 2)
+    outer = wsfed.plan(lambda x: inner(x) + 1)
+    for _ in range(2):
+        assert outer(bob.send(torch.ones(2))).get().tolist() == [3, 3]
+    assert inner.programs == [] and len(outer.programs) == 1
+
+
+def test_double_backward_in_a_plan(bob: sync.VirtualWorker) -> None:
+    def penalty(x: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+        loss = (gradient.norm() - 1) ** 2
+        loss.backward()
+        return loss
+
+    plan = wsfed.plan(penalty)
+    for _ in range(3):
+        x = torch.randn(4, requires_grad=True)
+        far = bob.send(x)
+        assert_same(plan(far).detach(), penalty(x).detach())
+        assert_same_grad(far, x)
+
+
+def test_shapes_that_depend_on_values_are_told_at_each_call(bob: sync.VirtualWorker) -> None:
+    plan = wsfed.plan(lambda x: x.nonzero())
+    for values in ([1, 0, 1], [1, 1, 1], [0, 0, 0]):
+        x = torch.tensor(values)
+        assert_same_bits(plan(bob.send(x)), x.nonzero())
+
+
+def test_autocast_in_a_plan(bob: sync.VirtualWorker) -> None:
+    local, remote = nn.Linear(6, 6), None
+    remote = bob.send(copy.deepcopy(local))
+
+    def step(layer: nn.Module, x: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(layer(x))
+        with torch.no_grad():
+            shifted = y.float() + 1
+        y.float().sum().backward()
+        return y, shifted
+
+    plan = wsfed.plan(lambda x: step(remote, x))
+    for _ in range(3):
+        got, expected = plan(bob.send(ROWS)), step(local, ROWS)
+        assert_same_bits(got[0].detach(), expected[0])
+        assert_same_bits(got[1], expected[1])
+        assert_same_grad(remote.weight, local.weight)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_plan_comes_back_from_a_file(
+    name: str, bob: sync.VirtualWorker, alice: sync.VirtualWorker, tmp_path: Path
+) -> None:
+    local, remote = model(), bob.send(model())
+    here, there = OPTIMIZERS[name](local.parameters()), OPTIMIZERS[name](remote.parameters())
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    for _ in range(3):
+        plan(bob.send(ROWS), bob.send(LABELS))
+    plan.save(tmp_path / "step.plan", net=remote, optimizer=there)
+
+    other = alice.send(model())
+    optimizer = OPTIMIZERS[name](other.parameters())
+    loaded = wsfed.load_plan(tmp_path / "step.plan", net=other, optimizer=optimizer)
+    for _ in range(3):
+        got = loaded(alice.send(ROWS), alice.send(LABELS))
+        assert_same_bits(got.detach(), train(ROWS, LABELS))
+    for one, two in zip(other.parameters(), local.parameters(), strict=True):
+        assert_same_grad(one, two)
+    assert {each.hash for each in loaded.programs} <= {each.hash for each in plan.programs}
+    with pytest.raises(wsfed.PlanError, match=r"no such call.*test_plans\.py:\d+"):
+        loaded(alice.send(ROWS[:3]), alice.send(LABELS[:3]))
+
+
+def test_what_a_file_lacks_is_named(bob: sync.VirtualWorker, tmp_path: Path) -> None:
+    remote = bob.send(model())
+    plan = wsfed.plan(lambda x: remote(x))
+    path = tmp_path / "forward.plan"
+    with pytest.raises(wsfed.PlanError, match="call it once"):
+        plan.save(path)
+    plan(bob.send(ROWS))
+    with pytest.raises(wsfed.PlanError, match="name its owner"):
+        plan.save(path)
+    plan.save(path, net=remote)
+    with pytest.raises(wsfed.PlanError, match="net="):
+        wsfed.load_plan(path)
+    local = wsfed.load_plan(path, net=model())
+    with pytest.raises(wsfed.PointerError, match="send it first"):
+        local(bob.send(ROWS))
+    for damaged in (b"", b"nonsense", path.read_bytes()[:-7], b"\x93\x01\x02\x03"):
+        path.write_bytes(damaged)
+        with pytest.raises(wsfed.PlanError, match=r"plan '.*forward\.plan'"):
+            wsfed.load_plan(path, net=remote)
+
+
+def test_a_plan_prints_its_program(bob: sync.VirtualWorker) -> None:
+    remote = bob.send(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(remote.parameters(), lr=0.25)
+    plan = wsfed.plan(step_of(remote, optimizer))
+    assert str(plan) == "plan step: not recorded yet"
+    plan(bob.send(ROWS), bob.send(LABELS))
+    text = str(plan)
+    assert "linear(x, weight, bias)" in text
+    assert "backward(" in text
+    assert "weight = Tensor.add_(weight, " in text and "alpha=-0.25)  # no_grad" in text
+    assert text.splitlines()[0].startswith("plan step (")
+    assert "return " in text
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_control_flow_on_values_names_its_line(bob: sync.VirtualWorker) -> None:
+    @wsfed.plan
+    def absolute(x: Any) -> Any:
+        if x.sum() > 0:
+            return x
+        return -x
+
+    with pytest.raises(wsfed.PlanError, match=r"torch\.where.*test_plans\.py:\d+"):
+        absolute(bob.send(torch.ones(2)))
+    fetched = wsfed.plan(lambda x: x.get())
+    with pytest.raises(wsfed.PlanError, match="recorded, not run"):
+        fetched(bob.send(torch.ones(2)))
+    loop = wsfed.plan(lambda x: [x * place for place in range(3)])  # unrolled
+    assert [each.get().item() for each in loop(bob.send(torch.tensor(2.0)))] == [0, 2, 4]
+
+
+def test_a_failing_step_names_its_line_and_that_of_the_call(bob: sync.VirtualWorker) -> None:
+    @wsfed.plan
+    def rows(table: Any, places: Any) -> Any:
+        doubled = table * 2
+        return F.embedding(places, doubled).sum()
+
+    table = bob.send(torch.ones(3, 2))
+    assert rows(table, bob.send(torch.tensor([0, 2]))).get() == 8
+    with pytest.raises(wsfed.RemoteError) as caught:
+        rows(table, bob.send(torch.tensor([0, 7]))).get()
+    assert caught.value.type == "IndexError"
+    assert caught.value.op == "torch.nn.functional.embedding"
+    assert caught.value.site.count("test_plans.py:") == 2 and "'rows'" in caught.value.site
+    assert rows(table, bob.send(torch.tensor([0, 1]))).get() == 8
+
+
+def test_what_raises_while_it_is_recorded_happens_as_without_a_plan(
+    bob: sync.VirtualWorker,
+) -> None:
+    layer = bob.send(nn.Linear(6, 3))
+
+    @wsfed.plan
+    def step(x: Any) -> Any:
+        layer(x).sum().backward()
+        return x @ layer.weight
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        step(bob.send(torch.ones(2, 6)))
+    assert layer.bias.grad.get().tolist() == [2, 2, 2]
+
+
+def test_a_step_that_raises_later_leaves_what_came_before(bob: sync.VirtualWorker) -> None:
+    layer = bob.send(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    plan = wsfed.plan(step_of(layer, optimizer))
+    x, y = bob.send(ROWS), bob.send(LABELS)
+    for _ in range(2):
+        plan(x, y)
+    weight, gradient = layer.weight.get(), layer.weight.grad.get()
+    optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan(x, y)
+    assert torch.equal(layer.weight.get(), weight)
+    assert not torch.equal(layer.weight.grad.get(), gradient)
+
+
+def test_wrong_arguments_are_told(bob: sync.VirtualWorker, alice: sync.VirtualWorker) -> None:
+    plan = wsfed.plan(lambda x, y: x + y)
+    x = bob.send(torch.ones(2))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'y'"):
+        plan(x)
+    with pytest.raises(wsfed.PlanError, match="send this tensor first"):
+        plan(x, torch.ones(2))
+    with pytest.raises(wsfed.NotCollocated, match="'bob' and 'alice'"):
+        plan(x, alice.send(torch.ones(2)))
+    captured = alice.send(torch.ones(2))
+    with pytest.raises(wsfed.NotCollocated, match="'bob' and 'alice'"):
+        wsfed.plan(lambda x: (x + 1, captured + 1))(x)
+    with pytest.raises(wsfed.ConstantTooLarge):
+        wsfed.plan(lambda x: x + torch.ones(100_000))(bob.send(torch.ones(1)))
+    with pytest.raises(TypeError, match="ordinary function"):
+        wsfed.plan(asyncio.sleep)
+    alice.close()
+    with pytest.raises(wsfed.ConnectionLost):
+        plan(captured, captured)
+
+
+def test_what_is_done_once_and_would_be_missed_later_is_refused(bob: sync.VirtualWorker) -> None:
+    layer = bob.send(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    train = step_of(layer, optimizer)
+
+    def scheduled(x: Any, y: Any) -> Any:
+        loss = train(x, y)
+        scheduler.step()
+        return loss
+
+    x, y = bob.send(ROWS), bob.send(LABELS)
+    with pytest.raises(wsfed.PlanError, match=r"scheduler\.step\(\) behind the call"):
+        wsfed.plan(scheduled)(x, y)
+    with pytest.raises(wsfed.PlanError, match="closure"):
+        wsfed.plan(lambda x, y: optimizer.step(lambda: train(x, y)))(x, y)
+    kept: list[Any] = []
+    keeping = wsfed.plan(lambda x: (kept.append(x * 2), x + 1)[1])
+    keeping(x)  # as a cache that is filled once
+    with pytest.raises(wsfed.PlanError, match=r"return it instead \(at .*test_plans\.py:\d+"):
+        keeping(x)
+    with pytest.raises(wsfed.PlanError, match=r"tag has no place in a plan"):
+        wsfed.plan(lambda x: x.tag("#no"))(x)
+
+
+def test_a_run_gives_numbers_and_no_rows(bob: sync.VirtualWorker) -> None:
+    data = bob.dataset("points")
+    with pytest.raises(wsfed.PlanError, match=r"a number for each batch, not \[10, 6\]"):
+        data.run(wsfed.plan(lambda x, y: x * 2), batch_size=10)
+    with pytest.raises(wsfed.GetNotPermitted, match="rows of the private data set 'points'"):
+        data.run(wsfed.plan(lambda x, y: x[0, 0]), batch_size=10).result()
+    with pytest.raises(ValueError, match="at least one"):
+        data.run(wsfed.plan(lambda x, y: x.sum()), batch_size=10, epochs=0)
+    with pytest.raises(ValueError, match="no batch"):
+        data.run(wsfed.plan(lambda x, y: x.sum()), batch_size=100, drop_last=True)
+    with pytest.raises(wsfed.NotFound, match="no field 'z'"):
+        data.run(wsfed.plan(lambda z: z.sum()), batch_size=10, fields=["z"])
+    sums = bob.dataset("open").run(wsfed.plan(lambda x, y: x[0, 0]), batch_size=25).result()
+    assert sums.tolist() == [ROWS[0, 0].item(), ROWS[25, 0].item()]
+
+
+def test_rows_stay_rows_in_a_plan(bob: sync.VirtualWorker) -> None:
+    x, _ = bob.dataset("points").batch(10, 0)
+    target = bob.send(torch.zeros(10, 6))
+
+    @wsfed.plan
+    def write(rows: Any, into: Any) -> Any:
+        into.view(-1)[:6].copy_(rows[0] * 1)
+        return rows.t() + 1, rows.mean()
+
+    for _ in range(3):
+        turned, mean = write(x, target)
+        assert mean.get() is not None
+        for rows in (turned, target):
+            with pytest.raises(wsfed.GetNotPermitted):
+                rows.get()
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_a_thousand_plans_leave_nothing(bob: sync.VirtualWorker) -> None:
+    session = next(iter(bob._node._sessions.values())).interpreter
+    x = bob.send(torch.ones(4))
+    bob.flush()
+    objects = len(session.store)
+    for number in range(1000):
+        plan = wsfed.plan(lambda x, n=number: x * (n + 0.5))
+        plan(x)
+        del plan
+    gc.collect()
+    bob.flush()
+    bob.flush()
+    assert len(session.store) == objects
+    assert len(session._shelf._kept) <= 1
+    assert len(bob.link.plans) <= 1

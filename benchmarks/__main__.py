@@ -150,7 +150,7 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, An
             with console.status("costs"):
                 results["An elementwise operation, µs of the client's CPU"] = breakdown()
                 results["The same beside so many live pointers, µs"] = growth()
-                results["Memory, MiB"] = {"worker": memory_of(process)}
+                results["Memory, MiB"] = await ours.grown(remote, lambda: memory_of(process))
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,13 +15,7 @@ from benchmarks.tasks import EPOCH, Task, loss_of
 from wsfed import sync
 
 __all__ = [
-    "blocking",
-    "bulk",
-    "get_scalar",
-    "in_process",
-    "op_by_op",
-    "over_data",
-    "plan",
+    *("blocking", "bulk", "get_scalar", "grown", "in_process", "op_by_op", "over_data", "plan"),
     "small_ops",
 ]
 
@@ -149,6 +144,36 @@ def over_data(task: Task, remote: wsfed.Worker) -> Callable[[], Awaitable[float]
         return (time.perf_counter() - begun) * task.steps / len(losses)
 
     return repetition
+
+
+async def grown(remote: wsfed.Worker, memory: Callable[[], float]) -> dict[str, float]:
+    """MiB of the worker at first, after 100,000 operations, and after 1,000 plans."""
+    start = remote.send(torch.ones(100, 100))
+
+    async def operations(count: int) -> None:
+        for number in range(count):
+            value = start * 1.5
+            if number % 500 == 0:
+                await asyncio.sleep(0)
+        await value.get()
+
+    async def plans(count: int) -> None:
+        for number in range(count):
+            step = wsfed.plan(lambda x, by=number + 0.5: (x * by).sum())
+            value = step(start)
+            await asyncio.sleep(0)
+        await value.get()
+
+    await operations(2000)
+    await plans(50)
+    found = {"worker, at first": memory()}
+    await operations(100_000)
+    found["worker, 100,000 operations later"] = memory()
+    await plans(1000)
+    gc.collect()
+    await remote.flush()
+    found["worker, 1,000 plans later"] = memory()
+    return found
 
 
 def small_ops(count: int, remote: wsfed.Worker) -> Callable[[], Awaitable[float]]:

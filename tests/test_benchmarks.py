@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import cost, ours
 from benchmarks.__main__ import medians, page
-from benchmarks.tasks import TASKS, loss_of
+from benchmarks.tasks import EPOCH, TASKS, loss_of, write_data
 
 import wsfed
+from wsfed.worker.datasets import load
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -49,6 +51,20 @@ async def test_repetitions_take_turns_and_the_first_is_not_counted() -> None:
 
     assert await medians({"first": first, "second": second}, 3) == {"first": 5.0, "second": 0.5}
     assert turns == ["first", "second"] * 4
+
+
+@pytest.fixture
+def points(tmp_path: Path) -> wsfed.Dataset:
+    """The data of the first task."""
+    name, _, path = write_data(tmp_path)[1].partition("=")
+    return load(name, path)
+
+
+async def test_plans_and_runs_over_data_are_measured(points: wsfed.Dataset) -> None:
+    task = dataclasses.replace(TASKS["MLP, SGD"], steps=EPOCH)
+    async with wsfed.VirtualWorker("bob", datasets=[points]) as bob:
+        assert await ours.plan(task, bob)() > 0
+        assert await ours.over_data(task, bob)() > 0
 
 
 async def test_every_way_to_wait_for_losses_runs() -> None:

@@ -326,10 +326,17 @@ class Connection(Link):
     def release(self, id: int, nbytes: int = 0) -> None:
         """Nobody holds this object, of about this size, any more. Never raises."""
         if self.recordings:
-            self.recordings[-1].release(id, nbytes)
+            self._recording_of(id).release(id, nbytes)
             return
         self._released.append(id)
         self._released_bytes += nbytes
+
+    def _recording_of(self, id: int) -> Recording:
+        """The recording that made this object, else the last one."""
+        for recording in self.recordings:
+            if recording.made(id):
+                return recording
+        return self.recordings[-1]
 
     def fetch(
         self,

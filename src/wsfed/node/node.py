@@ -33,9 +33,8 @@ from wsfed.transport.wire import Wire, WireLost
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.executor import Executor
 from wsfed.worker.interpreter import Carry, Interpreter
-from wsfed.worker.session import (
-    Carried,
-)
+from wsfed.worker.plans import Programs
+from wsfed.worker.session import Carried
 
 __all__ = ["Node", "check_exposure", "default_max_memory"]
 
@@ -89,6 +88,7 @@ class Node:
         self._token, self._direct = token, direct
         self._epoch = secrets.token_bytes(16)
         self._sessions: dict[bytes, Hosted] = {}
+        self._programs = Programs()
         self._tickets: dict[bytes, asyncio.Future[tuple[Hosted, Sequence[int]]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._closing = False
@@ -192,7 +192,11 @@ class Node:
 
     def _admit(self) -> Attached:
         interpreter = Interpreter(
-            self.device, self.datasets, max_bytes=self._max_memory, max_objects=_MAX_OBJECTS
+            self.device,
+            self.datasets,
+            max_bytes=self._max_memory,
+            max_objects=_MAX_OBJECTS,
+            programs=self._programs,
         )
         # Asking for their number is what makes a new thread use torch's number of threads; its
         # first sums would come in another order otherwise.

@@ -334,7 +334,11 @@ def _refuse(function: Callable[..., Any]) -> NoReturn:
         name = f"torch.{name}"
     why = refused.reason(name) or "no worker knows this operation"
     if isinstance(function, torch._ops.OpOverload):
-        why = "torch.ops is not carried to workers, nor are torch.func's transforms, which use it"
+        name = f"torch.func or torch.ops ({name})"
+        why = (
+            "transforms of functions are not carried to workers, nor are torch's inner operations: "
+            "write torch.autograd.grad, or torch.autograd.functional.jacobian and its like"
+        )
     raise OpNotAllowed(why, op=name, site=describe_site(capture_site()))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +49,8 @@ _MOST_KINDS: Final = 64
 _MOST_EACH: Final = 8
 #: Programs of one plan that are kept.
 _MOST_PROGRAMS: Final = 256
+#: Conditions to end a run on of which recordings are kept.
+_MOST_JUDGED: Final = 8
 
 
 def plan(function: Callable[_P, _R]) -> Plan[_P, _R]:
@@ -91,7 +92,7 @@ class Plan(Generic[_P, _R]):
         self._programs: dict[Any, Assembled] = {}
         self._unsettled: set[Any] = set()
         self._steppers: dict[torch.optim.Optimizer, Stepper] = {}
-        self._judged: weakref.WeakKeyDictionary[Any, Plan[Any, Any]] = weakref.WeakKeyDictionary()
+        self._judged: dict[Any, Plan[Any, Any]] = {}
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -108,14 +109,17 @@ class Plan(Generic[_P, _R]):
 
     def judged(self, until: Callable[[Any], Any]) -> Plan[Any, Any]:
         """The plan that gives ``(result, until(result))``."""
-        found = self._judged.get(until)
+        key = _same_function(until)
+        found = self._judged.get(key)
         if found is None:
 
             def both(*args: Any, **kwargs: Any) -> Any:
                 result: Any = self._function(*args, **kwargs)
                 return result, until(result)
 
-            found = self._judged[until] = Plan(both)
+            if len(self._judged) >= _MOST_JUDGED:
+                del self._judged[next(iter(self._judged))]
+            found = self._judged[key] = Plan(both)
             found.name = self.name
         return found
 
@@ -383,6 +387,17 @@ class Plan(Generic[_P, _R]):
             pointers,
             result,
         )
+
+
+def _same_function(function: Callable[..., Any]) -> Any:
+    """Equal for functions that do the same: a lambda is a new one each time."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    key = (code, tuple(cell.cell_contents for cell in cells or ()))
+    try:
+        hash(key)
+    except TypeError:
+        return function
+    return function if code is None or getattr(function, "__defaults__", None) else key
 
 
 def _hold(recording: Recording, results: Sequence[Pointer]) -> set[int]:

@@ -23,7 +23,8 @@ import torch
 
 from wsfed.errors import ConstantTooLarge, NotCollocated, PlanError
 from wsfed.plans.assembly import CAPTURE, CONSTANT, MADE, NUMBER
-from wsfed.plans.program import Constant, made, renamed
+from wsfed.plans.program import Constant, renamed
+from wsfed.plans.program import made as bound_by
 from wsfed.pointers.autograd import Node
 from wsfed.pointers.effects import Gradient, Marked, Retained
 from wsfed.pointers.link import Link
@@ -152,7 +153,7 @@ class Recording:
         self._belongs(link, site)
         if command[0] not in _RECORDED:
             self.refuse(f"{m.BY_CODE[command[0]].__name__.lower()} has no place in a plan")
-        new = [id for id in made(command) if id not in self.metas]
+        new = [id for id in bound_by(command) if id not in self.metas]
         self._born.update(new)
         self.alive.update(new)
         self.part.raw.append(command)
@@ -179,6 +180,10 @@ class Recording:
             self.alive.discard(id)
         else:
             self._held.append((id, nbytes))
+
+    def made(self, id: int) -> bool:
+        """Whether this was made here."""
+        return id in self._born
 
     def refuse(self, why: str) -> Any:
         """Raise a :class:`PlanError` that names the user's line."""
@@ -233,7 +238,7 @@ class Recording:
 
     def is_new(self, pointer: Any) -> bool:
         """Whether what it points to was made here."""
-        return pointer._handle.id in self._born
+        return self.made(pointer._handle.id)
 
     # --- parts ---
 

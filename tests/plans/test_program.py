@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from wsfed.errors import OpNotAllowed, RemoteProtocolError
 from wsfed.plans.compiled import Compiled
-from wsfed.plans.passes import free_early, fuse, side_by_side, without_dead_code
+from wsfed.plans.passes import Fused, free_early, fuse, side_by_side, without_dead_code
 from wsfed.plans.program import Constant, Program, Spec, load, made, refs
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
@@ -171,12 +171,11 @@ def test_the_updates_of_parameters_stand_side_by_side_and_are_fused() -> None:
     ]
     ordered = side_by_side(steps, is_number)
     assert sorted(map(repr, ordered)) == sorted(map(repr, steps))
-    fused = [command for command, _ in fuse(ordered, is_number)]
-    assert [command[1] for command in fused] == [
-        *("torch._foreach_mul_", "torch._foreach_add_", "torch._foreach_add_"),
+    assert [command for command, _ in fuse(ordered, is_number)] == [
+        Fused("_foreach_mul_", [[3, 4], 9], {}, 1),
+        Fused("_foreach_add_", [[3, 4], [5, 6]], {"alpha": 9}, 1),
+        Fused("_foreach_add_", [[1, 2], [3, 4]], {"alpha": 9}, 1),
     ]
-    assert fused[0][3] == [[3, 4], 9]
-    assert fused[2][3] == [[1, 2], [3, 4]] and fused[2][4] == {"alpha": [0, 9]}
 
 
 def test_refs_and_made_are_what_a_command_uses_and_binds() -> None:

@@ -6,9 +6,8 @@ arguments decoded, places of the others found. A step is then one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from operator import itemgetter
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 from wsfed.errors import OpNotAllowed
 from wsfed.ops.arguments import decode
 from wsfed.ops.table import Op, lookup
-from wsfed.plans.passes import fuse
+from wsfed.plans.passes import Fused, fuse
 from wsfed.plans.program import Program, made, refs
 from wsfed.protocol import messages as m
 from wsfed.protocol import modes
@@ -188,34 +187,35 @@ class Compiled:
     def _fast(self, commands: Sequence[list[Any]]) -> Iterator[tuple[_Run, int]]:
         """What to do, each with the place of its command; modes change only where they have to."""
         records, in_region, place = True, False, 0
-        first = 1 + len(self.program.inputs)
-        numbers = range(first, first + len(self.program.numbers))
-        # On other devices a list is worked off at once, with other roundings.
-        fused = fuse(commands, numbers.__contains__) if self._device.type == "cpu" else None
-        for command, place in fused or zip(commands, count(), strict=False):
-            mode = command[5] if command[0] == m.Execute.code else 0
-            wants = not mode & modes.NO_GRAD
-            if command[0] == m.Execute.code and command[1].startswith("torch._foreach_"):
-                run: _Run = _foreach(command)
-                is_plain = True
+        for command, place in self._fused(commands):
+            if isinstance(command, Fused):
+                run, mode, is_call, is_plain = _foreach(command), command.mode, True, True
             else:
                 step = self.steps[place]
-                run, is_plain = step.run, step.op is None or _is_plain(step.op, mode)
-            if not is_plain or in_region or command[0] in (m.Backward.code, m.Clone.code):
-                wants = True
-            if wants is not records:
-                yield (_start_recording if wants else _stop_recording), place
-                records = wants
-            if is_plain and in_region and command[0] == m.Execute.code:
+                run, mode, is_call = step.run, step.mode, step.op is not None
+                is_plain = step.op is not None and _is_plain(step.op, mode)
+            if is_call and is_plain and in_region:
                 yield _leave_region, place
                 in_region = False
-                if mode & modes.NO_GRAD:
-                    yield _stop_recording, place
-                    records = False
+            wants = not (is_plain and mode & modes.NO_GRAD)
+            if wants is not records and _minds_recording(command):
+                yield (_start_recording if wants else _stop_recording), place
+                records = wants
             in_region = in_region or bool(mode & modes.AUTOCAST)
             yield run, place
         if not records:
             yield _start_recording, place
+
+    def _fused(self, commands: Sequence[list[Any]]) -> Iterable[tuple[list[Any] | Fused, int]]:
+        if self._device.type != "cpu":  # a list is worked off at once there, with other roundings
+            return ((command, place) for place, command in enumerate(commands))
+        first = 1 + len(self.program.inputs)
+        return fuse(commands, range(first, first + len(self.program.numbers)).__contains__)
+
+
+def _minds_recording(command: list[Any] | Fused) -> bool:
+    """Whether it matters to a command if gradients are recorded."""
+    return isinstance(command, Fused) or command[0] != m.Delete.code
 
 
 def _is_plain(op: Op, mode: int) -> bool:
@@ -336,14 +336,13 @@ def _free(slots: tuple[int, ...]) -> _Run:
     return free
 
 
-def _foreach(command: list[Any]) -> _Run:
-    """One call of torch's for a list; the arguments are lists of slots, and slots of numbers."""
-    _, name, _, columns, words, _ = command
-    call = getattr(torch, name.removeprefix("torch."))
-    gets: list[Any] = [_getter(column) for column in columns]
-    if not words:
+def _foreach(fused: Fused) -> _Run:
+    """One call of torch's for a list."""
+    call = getattr(torch, fused.word)
+    gets: list[Any] = [_getter(column) for column in fused.columns]
+    if not fused.words:
         return lambda frame: call(*[get(frame) for get in gets])
-    ((word, (_, slot)),) = words.items()
+    ((word, slot),) = fused.words.items()
     return lambda frame: call(*[get(frame) for get in gets], **{word: frame[slot]})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from wsfed.ops.table import OPS
@@ -11,7 +12,7 @@ from wsfed.protocol import messages as m
 from wsfed.protocol import modes
 from wsfed.protocol import values as v
 
-__all__ = ["free_early", "fuse", "side_by_side", "without_dead_code"]
+__all__ = ["Fused", "free_early", "fuse", "side_by_side", "without_dead_code"]
 
 _EXECUTE: Final = m.Execute.code
 
@@ -67,13 +68,29 @@ _FOREACH: Final = frozenset({"add_", "mul_", "div_", "addcmul_", "addcdiv_", "le
 _PREFIX: Final = "torch.Tensor."
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """One call instead of several: ``torch._foreach_…``.
+
+    Attributes:
+        word: what it is called there.
+        columns: of each argument the slots, or one slot of a number that all have in common.
+        words: keyword arguments, each a slot of a number.
+        mode: that it runs in.
+    """
+
+    word: str
+    columns: list[list[int] | int]
+    words: dict[str, int]
+    mode: int
+
+
 def fuse(
     steps: Sequence[list[Any]], is_number: Callable[[int], bool]
-) -> Iterator[tuple[list[Any], int]]:
+) -> Iterator[tuple[list[Any] | Fused, int]]:
     """Neighbours that update a tensor each, independently, become one call for all of them.
 
-    Gives each command with its place. A fused one is an execute of ``torch._foreach_…``, whose
-    arguments are slots: a list of them, or one for a number that all have in common.
+    Gives each command with its place.
     """
     group: list[list[Any]] = []
     key: tuple[Any, ...] | None = None
@@ -93,16 +110,16 @@ def fuse(
         yield _fused(group, is_number), len(steps) - len(group)
 
 
-def _fused(group: list[list[Any]], is_number: Callable[[int], bool]) -> list[Any]:
+def _fused(group: list[list[Any]], is_number: Callable[[int], bool]) -> list[Any] | Fused:
     first = group[0]
     if len(group) == 1:
         return first
-    columns = [
+    columns: list[list[int] | int] = [
         slots[0] if is_number(slots[0]) else list(slots)
         for slots in zip(*([arg[1] for arg in step[3]] for step in group), strict=True)
     ]
-    word = first[1].removeprefix(_PREFIX)
-    return [_EXECUTE, f"torch._foreach_{word}", [], columns, first[4], first[5]]
+    words = {word: arg[1] for word, arg in first[4].items()}
+    return Fused(f"_foreach_{first[1].removeprefix(_PREFIX)}", columns, words, first[5])
 
 
 def _alike(step: list[Any], is_number: Callable[[int], bool]) -> tuple[Any, ...] | None:

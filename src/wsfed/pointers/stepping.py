@@ -1,8 +1,9 @@
 """What an optimizer's step does now, asked of torch's own ``step()``.
 
-Its numbers come from Python: a learning rate that a schedule changes, a count of steps. They are
-the same for all parameters of a group, as a rule. Where one parameter of each group has told all
-numbers once, only these are asked from then on, as long as everything else is as it was.
+Its numbers come from Python: a learning rate that a schedule changes, a count of steps. With
+torch's own optimizers they are the same for all parameters of a group that have made as many steps.
+So where one parameter of each group has told all numbers once, only these are asked from then on,
+as long as everything else is as it was. Other optimizers are asked in full.
 """
 
 from __future__ import annotations
@@ -39,15 +40,10 @@ class Stepper:
         """What it does now; afterwards it has counted one step more."""
         looks = self._look()
         is_same = looks == self._looks
-        if is_same and self._key is not None:
-            before = own_state([self._optimizer])
-            part = self._sample(recording)
-            if part.key == self._key:
-                _spread(self._optimizer)
-                assert self._use is not None
-                return replace(self._use, part=replace(self._use.part, numbers=part.numbers))
-            set_own_state([self._optimizer], before)  # it takes another branch
-        expected = self._expect(recording) if is_same else None
+        if is_same and (numbers := self.quick(recording)) is not None:
+            assert self._use is not None
+            return replace(self._use, part=replace(self._use.part, numbers=numbers))
+        expected = self._expect(recording) if is_same and self._may_sample() else None
         part = recording.step_again(self._optimizer)
         use = Use.of_step(part, recording.metas)
         is_steady = self._use is not None and self._use.key == use.key
@@ -56,11 +52,30 @@ class Stepper:
         self._use, self._looks = use, looks
         return use
 
+    def quick(self, recording: Recording) -> list[float] | None:
+        """The numbers of the step, if a sample tells them; else it has not been asked."""
+        if self._key is None or not self._may_sample():
+            return None
+        before = _own_state_of_sample(self._optimizer)
+        part = self._sample(recording)
+        if part.key == self._key:
+            _spread(self._optimizer)
+            return part.numbers
+        _put_back(before)  # it takes another branch
+        self._key = None
+        return None
+
+    def _may_sample(self) -> bool:
+        """Whether asking of a part of the parameters, or once more, changes nothing else."""
+        optimizer = self._optimizer
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        return type(optimizer).__module__.startswith("torch.optim.") and not any(hooks)
+
     def _expect(self, recording: Recording) -> Part:
         """What a sample says; it is taken back."""
-        before = own_state([self._optimizer])
+        before = _own_state_of_sample(self._optimizer)
         part = self._sample(recording)
-        set_own_state([self._optimizer], before)
+        _put_back(before)
         return part
 
     def _sample(self, recording: Recording) -> Part:
@@ -95,6 +110,31 @@ def _first_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[A
         if node is not None and node.has_grad:
             return [parameter]
     return []
+
+
+def _own_state_of_sample(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], Any]]:
+    """The states of the sampled parameters, each with a copy of what it counts here."""
+    states = [
+        optimizer.state.get(first, {})
+        for group in optimizer.param_groups
+        for first in _first_of(optimizer, group)
+    ]
+    return [
+        (
+            state,
+            {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in state.items()
+                if type(value) is not Pointer
+            },
+        )
+        for state in states
+    ]
+
+
+def _put_back(kept: list[tuple[dict[str, Any], Any]]) -> None:
+    for state, values in kept:
+        state.update(values)
 
 
 @contextmanager

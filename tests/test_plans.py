@@ -6,6 +6,7 @@ import asyncio
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,184 @@ def test_autocast_in_a_plan(bob: sync.VirtualWorker) -> None:
         assert_same_grad(remote.weight, local.weight)
 
 
+class Warm(torch.optim.Optimizer):
+    """Counts its steps in an attribute."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"] / self.count)
+                    if p.ndim > 1 and self.count > 4:
+                        p.mul_(0.9)
+
+
+def test_an_optimizer_of_ones_own_is_asked_in_full_and_once(bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    here, there = (
+        Warm(reversed(list(local.parameters()))),
+        Warm(reversed(list(remote.parameters()))),
+    )
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    for place in range(9):
+        got = plan(bob.send(ROWS), bob.send(LABELS))
+        assert_same_bits(got.detach(), train(ROWS, LABELS))
+        assert there.count == place + 1
+
+
+def test_hooks_of_an_optimizer_run_once_a_call(bob: sync.VirtualWorker) -> None:
+    remote = bob.send(nn.Linear(6, 3))
+    optimizer = torch.optim.Adam(remote.parameters())
+    calls: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    plan = wsfed.plan(step_of(remote, optimizer))
+    for _ in range(6):
+        plan(bob.send(ROWS), bob.send(LABELS))
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "Adagrad", "SGD"])
+def test_optimizers_over_lists_step_in_a_plan(name: str, bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    pairs = [
+        (net, getattr(torch.optim, name)(net.parameters(), lr=0.01, foreach=True))
+        for net in (local, remote)
+    ]
+    train, plan = step_of(*pairs[0]), wsfed.plan(step_of(*pairs[1]))
+    for _ in range(5):
+        got = plan(bob.send(ROWS), bob.send(LABELS))
+        assert_same_bits(got.detach(), train(ROWS, LABELS))
+
+
+def test_an_optimizer_waits_for_a_run_that_may_end_early(bob: sync.VirtualWorker) -> None:
+    local, remote = model(), bob.send(model())
+    here, there = OPTIMIZERS["Adam"](local.parameters()), OPTIMIZERS["Adam"](remote.parameters())
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    data = bob.dataset("points")
+    first = data.run(plan, epochs=5, batch_size=16, shuffle=True, until=lambda loss: loss < 100)
+    if not first.stopped:
+        with pytest.raises(wsfed.PlanError, match="await that run first"):
+            data.run(plan, epochs=1, batch_size=16, shuffle=True)
+    losses = local_epochs(train, 1)
+    assert first.result().tolist() == [next(losses)]
+    again = data.run(plan, epochs=1, batch_size=16, shuffle=True).result()
+    assert again.tolist() == list(local_epochs(train, 1))
+
+
+def test_layers_and_settings_that_are_replaced_are_noticed(bob: sync.VirtualWorker) -> None:
+    net = bob.send(nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.0)))
+    plan = wsfed.plan(lambda x: net(x))
+    x = bob.send(ROWS)
+    plan(x)
+    other = nn.Linear(6, 3)
+    net[0] = bob.send(copy.deepcopy(other))
+    assert_same_bits(plan(x).detach(), other(ROWS))
+    net[1].p = 1.0
+    assert plan(x).get().count_nonzero() == 0
+
+
+def test_equal_arguments_that_are_not_the_same_are_told_apart(bob: sync.VirtualWorker) -> None:
+    plan = wsfed.plan(lambda x, by: x * by)
+    x = bob.send(torch.ones(1))
+    for by in (0.0, -0.0, float("nan"), 1, True, 1.0):
+        for _ in range(2):
+            assert_same_bits(plan(x, by), torch.ones(1) * by)
+    assert len(plan.programs) <= 6
+
+
+def test_a_method_can_be_a_plan(bob: sync.VirtualWorker, tmp_path: Path) -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.net = bob.send(nn.Linear(6, 1))
+
+        @wsfed.plan
+        def total(self, x: Any, y: Any) -> Any:
+            return self.net(x).sum()
+
+    one, two = Trainer(), Trainer()
+    assert one.total is one.total and one.total is not two.total
+    sums = bob.dataset("points").run(one.total, batch_size=25).result()
+    assert sums.shape == (2,)
+    assert one.total(bob.send(ROWS), bob.send(LABELS)).get().shape == ()
+    assert len(one.total.programs) == 2 and not two.total.programs
+    one.total.save(tmp_path / "total.plan", net=one.net)
+
+
+def test_what_is_no_plan_is_told(bob: sync.VirtualWorker) -> None:
+    with pytest.raises(TypeError, match=r"decorate it with @wsfed\.plan"):
+        bob.dataset("points").run(lambda x, y: x.sum(), batch_size=10)
+    for function in (5, None):
+        with pytest.raises(TypeError, match="ordinary function"):
+            wsfed.plan(function)  # type: ignore[arg-type]
+    assert wsfed.plan(torch.relu)(bob.send(torch.ones(2))).get().tolist() == [1, 1]
+
+
+def test_threads_may_share_a_plan(bob: sync.VirtualWorker) -> None:
+    layer = bob.send(nn.Linear(6, 1))
+    plan = wsfed.plan(lambda x: torch.relu(layer(x) * 2).sum())
+    expected = plan(bob.send(ROWS)).get()
+
+    def work(_: int) -> bool:
+        return all(torch.equal(plan(bob.send(ROWS)).get(), expected) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def test_more_plans_than_a_worker_keeps_are_shipped_again(bob: sync.VirtualWorker) -> None:
+    x = bob.send(torch.ones(1))
+    scaled = wsfed.plan(lambda x, by: x * by)
+    kept = [wsfed.plan(lambda x, by=by: x + by) for by in range(600)]
+    for _ in range(2):
+        for each in kept:
+            got = each(x)
+        assert got.get().item() == 600  # of the last one
+    assert scaled(x, 2.0).get().item() == 2
+
+
+async def test_cancelling_who_awaits_a_run_stops_it() -> None:
+    data = wsfed.Dataset("points", {"x": ROWS, "y": LABELS})
+    async with wsfed.VirtualWorker("carol", datasets=[data]) as carol:
+        remote = carol.send(model())
+        plan = wsfed.plan(step_of(remote, torch.optim.SGD(remote.parameters(), lr=0.1)))
+        run = (await carol.dataset("points")).run(plan, epochs=100_000, batch_size=10)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await run
+        await run
+        assert run.stopped == "stop" and run.done < run.total
+
+
+async def test_a_run_ends_with_its_worker() -> None:
+    data = wsfed.Dataset("points", {"x": ROWS, "y": LABELS})
+    async with wsfed.VirtualWorker("carol", datasets=[data]) as carol:
+        remote = carol.send(model())
+        plan = wsfed.plan(step_of(remote, torch.optim.SGD(remote.parameters(), lr=0.1)))
+        run = (await carol.dataset("points")).run(plan, epochs=100_000, batch_size=10)
+    with pytest.raises(wsfed.ConnectionLost):
+        await run
+    assert run.stopped == "error"
+
+
+async def test_values_are_refused_with_the_line_where_results_are_awaited() -> None:
+    async with wsfed.VirtualWorker("carol") as carol:
+        x = carol.send(torch.ones(2))
+        for function in (
+            lambda x: x if x.sum() > 0 else -x,
+            lambda x: x * x.sum().item(),
+            lambda x: int(x[0]),
+            lambda x: x.tolist(),
+        ):
+            with pytest.raises(wsfed.PlanError, match=r"recorded, not run.*test_plans\.py:\d+"):
+                wsfed.plan(function)(x)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -374,8 +553,16 @@ def test_a_plan_comes_back_from_a_file(
     for one, two in zip(other.parameters(), local.parameters(), strict=True):
         assert_same_grad(one, two)
     assert {each.hash for each in loaded.programs} <= {each.hash for each in plan.programs}
-    with pytest.raises(wsfed.PlanError, match=r"no such call.*test_plans\.py:\d+"):
+    with pytest.raises(wsfed.PlanError, match=r"no such call; there is \(float32\[50, 6\], int64"):
         loaded(alice.send(ROWS[:3]), alice.send(LABELS[:3]))
+    path = tmp_path / "step.plan"
+    with pytest.raises(wsfed.PlanError, match=r"'optimizer' is a Rprop, and was a"):
+        rprop = OPTIMIZERS["Rprop"](other.parameters())
+        wsfed.load_plan(path, net=other, optimizer=rprop)
+    with pytest.raises(wsfed.PlanError, match="over other parameters"):
+        wsfed.load_plan(path, net=other, optimizer=there)
+    with pytest.raises(wsfed.PlanError, match="not saved with more="):
+        wsfed.load_plan(path, net=other, optimizer=optimizer, more=1)
 
 
 def test_what_a_file_lacks_is_named(bob: sync.VirtualWorker, tmp_path: Path) -> None:
@@ -390,6 +577,9 @@ def test_what_a_file_lacks_is_named(bob: sync.VirtualWorker, tmp_path: Path) -> 
     plan.save(path, net=remote)
     with pytest.raises(wsfed.PlanError, match="net="):
         wsfed.load_plan(path)
+    with pytest.raises(wsfed.PlanError, match=r"'net/0.weight' is float32\[8, 7\], and was"):
+        other = nn.Sequential(nn.Linear(7, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        wsfed.load_plan(path, net=other)
     local = wsfed.load_plan(path, net=model())
     with pytest.raises(wsfed.PointerError, match="send it first"):
         local(bob.send(ROWS))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wsfed
-from wsfed.ops.table import OPS
+from wsfed.ops.table import OPS, lookup
 from wsfed.worker.sizes import ResultSizes
 
 GIB = 2**30
@@ -49,3 +49,18 @@ async def test_a_few_bytes_cannot_ask_for_gigabytes() -> None:
             with pytest.raises(wsfed.QuotaExceeded, match="of this session"):
                 await large.get()
         assert (await (one + 1).get()).item() == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "nbytes"),
+    [
+        ("torch.repeat_interleave", (torch.ones(2, 3), torch.tensor([4, 5]), 0), 9 * 3 * 4),
+        ("torch.repeat_interleave", (torch.tensor([4, 5]),), 9 * 8),
+        ("torch.Tensor.repeat_interleave", (torch.ones(2), torch.tensor([4, 5])), 9 * 4),
+        ("torch.bincount", (torch.tensor([1, 9]),), 10 * 8),
+        ("torch.nn.functional.one_hot", (torch.tensor([1, 9]),), 2 * 10 * 8),
+    ],
+)
+def test_values_that_tell_a_size_are_asked(name: str, args: tuple[Any, ...], nbytes: int) -> None:
+    assert ResultSizes().of(lookup(name), args, {}) == nbytes
+    assert lookup(name).call(*args).nbytes == nbytes

@@ -33,7 +33,7 @@ from wsfed.errors import (
     WsfedError,
 )
 from wsfed.pointers.link import Link
-from wsfed.pointers.recording import Recording, recording_now
+from wsfed.pointers.recording import NO_VALUES, Recording, recording_now
 from wsfed.pointers.shapes import Meta
 from wsfed.pointers.site import Site
 from wsfed.protocol import limits
@@ -73,12 +73,6 @@ _BACK_OFF: Final = (0.1, 30.0)
 #: Turns of the loop in which a task that waits for this session hears of its end. What waits for
 #: something else is cancelled then; who awaits a cancelled task would take it for their own end.
 _TURNS: Final = 3
-
-
-_NO_VALUES: Final = (
-    "it is recorded, not run, so there are no values in it: return what is to be fetched, and "
-    "write torch.where() where a value decides"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +365,7 @@ class Connection(Link):
         """
         self._alive()
         if (recording := recording_now()) is not None:
-            recording.refuse(_NO_VALUES)
+            recording.refuse(NO_VALUES)
         request = self.new_id()
         future: asyncio.Future[Any] = self.loop.create_future()
         command = make(request)

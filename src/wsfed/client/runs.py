@@ -15,7 +15,8 @@ from wsfed.pointers.ahead import Ahead
 from wsfed.pointers.plan import Plan
 from wsfed.pointers.pointer import Pointer
 from wsfed.pointers.recording import recording_now
-from wsfed.pointers.site import capture_site, describe_site
+from wsfed.pointers.site import Site, capture_site, describe_site
+from wsfed.pointers.stepping import hold, let_go
 from wsfed.protocol import messages as m
 
 __all__ = ["Batches", "DatasetRun", "Progress", "begin"]
@@ -60,11 +61,13 @@ class DatasetRun:
 
     Await it for the numbers of all batches, a tensor (float64, one element a batch) for each one
     that the function gives, in the structure in which it gives them; iterate it (``async for``) for
-    each batch's as they come. In the blocking world: ``result()`` and ``for``.
+    each batch's as they come. In the blocking world: ``result()`` and ``for``. Cancelling
+    who awaits it stops it.
 
     Attributes:
         total: batches that there are.
-        stopped: once it is over: ``""`` if it came to its end, ``"until"`` or ``"stop"``.
+        stopped: once it is over: ``""`` if it came to its end, else ``"until"``, ``"stop"`` or
+            ``"error"``.
     """
 
     def __init__(self, link: Any, ahead: Ahead, batches: Batches, shape: pytree.TreeSpec) -> None:
@@ -87,6 +90,9 @@ class DatasetRun:
 
     def stop(self) -> None:
         """End it with the batch that it is at; what is done stays done."""
+        if not self._over.is_set() and not self._ahead.is_steady:
+            for optimizer in self._ahead.optimizers:
+                hold(optimizer, self)
         self._link.stop(self._request)
 
     # --- waiting for it ---
@@ -100,7 +106,11 @@ class DatasetRun:
         return self._link.run(self._whole())
 
     async def _whole(self) -> Any:
-        await self._over.wait()
+        try:
+            await self._over.wait()
+        except asyncio.CancelledError:
+            self.stop()
+            raise
         await self._asked  # raises what it failed with
         columns = list(zip(*self._values, strict=True)) or [()] * self._shape.num_leaves
         tensors = [torch.tensor(column, dtype=torch.float64) for column in columns]
@@ -135,9 +145,11 @@ class DatasetRun:
         self._link.loop.call_soon_threadsafe(asked.add_done_callback, self._ended)
 
     def _ended(self, asked: asyncio.Future[Any]) -> None:
-        if not asked.cancelled() and asked.exception() is None:
-            self.stopped = asked.result()["stopped"]
+        failed = asked.cancelled() or asked.exception() is not None
+        self.stopped = "error" if failed else asked.result()["stopped"]
         self._ahead.ended_after(self.done)
+        for optimizer in self._ahead.optimizers:
+            let_go(optimizer, self)
         self._over.set()
         self._news.set()
 
@@ -161,8 +173,24 @@ def begin(
 ) -> DatasetRun:
     """Have a plan run over a data set. Does not wait."""
     site = capture_site()
-    if recording_now() is not None:
-        recording_now().refuse("a run over a data set has no place in it")  # type: ignore[union-attr]
+    if not isinstance(plan, Plan):
+        raise TypeError(f"a {type(plan).__name__} is no plan: decorate it with @wsfed.plan")
+    if (recording := recording_now()) is not None:
+        recording.refuse("a run over a data set has no place in it")
+    with plan.lock:
+        return _begin(link, name, fields, plan, make, batches, until, site)
+
+
+def _begin(
+    link: Any,
+    name: str,
+    fields: Sequence[str],
+    plan: Plan[..., Any],
+    make: Callable[[int], list[Pointer]],
+    batches: Batches,
+    until: Callable[[Any], Any] | None,
+    site: Site | None,
+) -> DatasetRun:
     ahead = Ahead(plan if until is None else plan.judged(until), make)
     step = None
     for _ in range(batches.epochs):
@@ -206,6 +234,9 @@ def begin(
             plan.name, f"{error.reason}: run it over fewer epochs", describe_site(site)
         ) from None
     ahead.end()
+    if until is not None and not ahead.is_steady:
+        for optimizer in ahead.optimizers:
+            hold(optimizer, run)
     run._begun(requests[0], asked)
     return run
 

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from wsfed.pointers.kept import Step
 from wsfed.pointers.link import Link
 from wsfed.pointers.plan import Plan
 from wsfed.pointers.pointer import Pointer
 from wsfed.pointers.recording import Recording
 from wsfed.pointers.site import Site
-from wsfed.pointers.stepping import own_state, set_own_state
+from wsfed.pointers.stepping import let_go, own_state, set_own_state
 
 __all__ = ["Ahead", "Segment"]
 
@@ -48,6 +50,10 @@ class Ahead:
     Args:
         plan: to run.
         make: gives pointers for a batch of so many rows, which stand for its fields.
+
+    Attributes:
+        segments: what was said so far.
+        is_steady: whether all steps are alike, so that no optimizer counts them here.
     """
 
     def __init__(self, plan: Plan[..., Any], make: Callable[[int], list[Pointer]]) -> None:
@@ -56,13 +62,13 @@ class Ahead:
         self._recordings: list[Recording] = []
         self._fields: dict[int, list[Pointer]] = {}
         self._steps: dict[int, Step] = {}
-        self._is_steady = False
+        self.is_steady = False
         self._before: Any = None
         self._first: Any = None
 
     def batch(self, rows: int, site: Site | None) -> Step:
         """One batch more."""
-        step = self._steps.get(rows) if self._is_steady else None
+        step = self._steps.get(rows) if self.is_steady else None
         if step is None:
             step = self._advance(rows, site)
         last = self.segments[-1] if self.segments else None
@@ -86,7 +92,7 @@ class Ahead:
         state = own_state(step.optimizers)
         if self._first is None:
             self._first = state
-        self._is_steady = state == self._before and not step.has_extra
+        self.is_steady = state == self._before and not step.has_extra
         self._before = state
         self._steps[rows] = step
         return step
@@ -108,6 +114,11 @@ class Ahead:
         return [each._handle.id for each in self._fields[rows]]
 
     @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those that step in it."""
+        return self.segments[0].step.optimizers
+
+    @property
     def total(self) -> int:
         """Batches."""
         return sum(segment.count for segment in self.segments)
@@ -120,8 +131,10 @@ class Ahead:
     def ended_after(self, done: int) -> None:
         """Only so many batches were done: have the optimizers count as many steps."""
         optimizers = self.segments[0].step.optimizers
-        if done >= self.total or not optimizers or self._is_steady:
+        if done >= self.total or not optimizers or self.is_steady:
             return
+        for optimizer in optimizers:
+            let_go(optimizer)
         set_own_state(optimizers, self._first)
         link = self.segments[0].step.recording.link
         for _ in range(max(done, 1) - 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -20,12 +21,12 @@ from torch.utils import _pytree as pytree
 from wsfed.errors import PlanError
 from wsfed.plans.program import Constant, Spec, check_command
 from wsfed.pointers.effects import Effects, Gradient, Marked, NodeForm, Retained, StateForm
-from wsfed.pointers.kept import Kept, Use
+from wsfed.pointers.kept import Kept, Use, settings_of
 from wsfed.pointers.plan import Plan
 from wsfed.pointers.recording import Part
 from wsfed.pointers.shapes import Meta, intern_meta
 from wsfed.pointers.site import capture_site, describe_site
-from wsfed.tensors import DTYPE_NAMES, DTYPES
+from wsfed.tensors import DTYPE_NAMES, DTYPES, describe
 
 __all__ = ["load_plan", "save_plan"]
 
@@ -49,16 +50,12 @@ def save_plan(plan: Plan[..., Any], path: str | Path, **owners: Any) -> None:
         PlanError: it was not recorded yet, or has captured what no owner has.
     """
     names = _Names(plan.name, owners)
-    kinds = [
-        [_key(item, names) for item in key]
-        for key, variants in plan._kept.items()
-        for _ in variants
-    ]
-    recorded = [each for variants in plan._kept.values() for each in variants]
-    if not recorded:
+    pairs = [(key, each) for key, variants in plan._kept.items() for each in variants]
+    if not pairs:
         raise PlanError(plan.name, "it was not recorded yet: call it once", _here())
-    written = [_FORMAT, plan.name, kinds, [_kept(each, names) for each in recorded]]
-    Path(path).write_bytes(msgpack.packb(written))
+    kinds = [[_key(item, names) for item in key] for key, _ in pairs]
+    content = msgpack.packb([plan.name, kinds, [_kept(each, names) for _, each in pairs]])
+    Path(path).write_bytes(msgpack.packb([_FORMAT, sha256(content).digest(), content]))
 
 
 def load_plan(path: str | Path, **owners: Any) -> Plan[..., Any]:
@@ -75,26 +72,30 @@ def load_plan(path: str | Path, **owners: Any) -> Plan[..., Any]:
         PlanError: the file is damaged or of another version, or an owner is missing.
     """
     try:
-        raw = msgpack.unpackb(Path(path).read_bytes(), strict_map_key=False)
-        version = raw[0]
-    except (ValueError, TypeError, LookupError) as error:
+        version, digest, content = msgpack.unpackb(Path(path).read_bytes())
+    except (ValueError, TypeError) as error:
         raise PlanError(str(path), f"this is no plan ({type(error).__name__})", _here()) from None
     if version != _FORMAT:
         raise PlanError(str(path), f"this is no plan of the format {_FORMAT!r}", _here())
+    if type(content) is not bytes or sha256(content).digest() != digest:
+        raise PlanError(str(path), "the file is damaged", _here())
+    kept: OrderedDict[Any, list[Kept]] = OrderedDict()
     try:
-        _, name, kinds, recorded = raw
+        name, kinds, recorded = msgpack.unpackb(content, strict_map_key=False)
         names = _Names(name, owners)
-        kept: OrderedDict[Any, list[Kept]] = OrderedDict()
         for key, each in zip(kinds, recorded, strict=True):
             kept.setdefault(_read_key(key, names), []).append(_read_kept(each, names))
     except PlanError:
         raise
-    except Exception as error:  # a damaged file can be wrong in any way
-        why = f"it is damaged ({type(error).__name__}: {error})"
+    except Exception as error:  # made by something else than save(): wrong in any way
+        why = f"it cannot be read ({type(error).__name__}: {error})"
         raise PlanError(str(path), why, _here()) from None
+    names.check()
+    told = "; ".join(dict.fromkeys(_kind_of(key) for key in kept))
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        raise PlanError(name, "it was loaded from a file, in which there is no such call", _here())
+        why = f"it was loaded from a file, in which there is no such call; there is ({told})"
+        raise PlanError(name, why, _here())
 
     function.__name__ = name
     plan: Plan[..., Any] = Plan(function)
@@ -120,6 +121,8 @@ class _Names:
                 for name, tensor in (*value.named_parameters(), *value.named_buffers()):
                     self._by_name[f"{owner}/{name}"] = tensor
         self._by_id = {id(value): name for name, value in self._by_name.items()}
+        self._owners = dict(owners)
+        self._used: set[str] = set()
 
     def of(self, value: Any) -> str:
         """The name of a module, an optimizer or a pointer."""
@@ -140,7 +143,34 @@ class _Names:
             owner = name.split("/")[0].split(":")[0]
             what = f"{owner}=…" if owner not in self._by_name else f"a {name!r}"
             raise PlanError(self._plan, f"it needs {what}, as it was saved with", _here())
+        self._used.add(name.split("/")[0].split(":")[0])
         return self._by_name[name]
+
+    def find_like(self, name: str, meta: Meta) -> Any:
+        """What has this name, if it is like what was saved."""
+        found = self.find(name)
+        if (tuple(found.shape), found.dtype) != (meta.shape, meta.dtype):
+            was = f"{DTYPE_NAMES[meta.dtype]}{list(meta.shape)}"
+            why = f"{name!r} is {describe(found)}, and was {was} when it was saved"
+            raise PlanError(self._plan, why, _here())
+        return found
+
+    def find_optimizer(self, name: str, kind: str) -> Any:
+        """The optimizer of this name, if it is of this kind, over parameters that are here."""
+        found = self.find(name)
+        if type(found).__name__ != kind:
+            why = f"{name!r} is a {type(found).__name__}, and was a {kind} when it was saved"
+            raise PlanError(self._plan, why, _here())
+        here = {id(value) for value in self._by_name.values()}
+        if not all(id(p) in here for group in found.param_groups for p in group["params"]):
+            why = f"{name!r} is over other parameters than those that are given here"
+            raise PlanError(self._plan, why, _here())
+        return found
+
+    def check(self) -> None:
+        """Whether everything that was given is used."""
+        if unknown := sorted(set(self._owners) - self._used):
+            raise PlanError(self._plan, f"it was not saved with {unknown[0]}=…", _here())
 
 
 # --- forms ----------------------------------------------------------------------------------------
@@ -163,6 +193,12 @@ def _key(item: Any, names: _Names) -> Any:
 
 def _read_key(raw: list[Any], names: _Names) -> tuple[Any, ...]:
     return tuple(_read_item(each, names) for each in raw)
+
+
+def _kind_of(key: tuple[Any, ...]) -> str:
+    """The pointers that a call is given, for people."""
+    metas = [each for each in key if isinstance(each, Meta)]
+    return ", ".join(f"{DTYPE_NAMES[meta.dtype]}{list(meta.shape)}" for meta in metas)
 
 
 def _read_item(raw: Any, names: _Names) -> Any:
@@ -216,7 +252,7 @@ def _kept(kept: Kept, names: _Names) -> Any:
         [[id, _meta(meta)] for id, meta in kept.metas.items()],
         [[id, names.of(pointer)] for id, pointer in kept.pointers.items()],
         kept.gradients,
-        [[names.of(module), mode] for module, mode in kept.modules.items()],
+        [[names.of(module), settings[0]] for module, settings in kept.modules.items()],
         _effects(kept.effects),
         [_leaf(kind, value, names) for kind, value in kept.template],
         pytree.treespec_dumps(kept.tree),
@@ -243,19 +279,26 @@ def _read_kept(raw: Any, names: _Names) -> Kept:
         [_read_use(use, names) for use in uses],
         [tuple(place) for place in wanted],
         known,
-        {id: names.find(name) for id, name in pointers},
+        {id: names.find_like(name, known[id]) for id, name in pointers},
         [tuple(each) for each in gradients],
-        {names.find(name): mode for name, mode in modules},
+        {(found := names.find(name)): _settings(found, given) for name, given in modules},
         _read_effects(effects),
         [(kind, names.find(value) if is_name else value) for kind, value, is_name in template],
         pytree.treespec_loads(tree),
     )
 
 
+def _settings(module: Any, given: list[Any]) -> tuple[list[Any], list[Any]]:
+    """What a module was set to, with the parameters and layers that it has here."""
+    return given, settings_of(module)[1]
+
+
 def _use(use: Use, names: _Names) -> Any:
     part = use.part
     return [
-        None if part.optimizer is None else names.of(part.optimizer),
+        None
+        if part.optimizer is None
+        else [names.of(part.optimizer), type(part.optimizer).__name__],
         part.commands,
         part.captures,
         part.numbers,
@@ -269,7 +312,7 @@ def _use(use: Use, names: _Names) -> Any:
 
 def _read_use(raw: Any, names: _Names) -> Use:
     optimizer, commands, captures, numbers, constants, made, key, sources, metas = raw
-    part = Part(None if optimizer is None else names.find(optimizer))
+    part = Part(None if optimizer is None else names.find_optimizer(*optimizer))
     part.commands = [check_command(command) for command in commands]
     part.sites = [None] * len(commands)
     part.captures, part.numbers, part.key = captures, numbers, key

@@ -6,7 +6,8 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from operator import is_
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import nn
@@ -21,10 +22,14 @@ from wsfed.pointers.pointer import Pointer
 from wsfed.pointers.recording import Part, Recording
 from wsfed.pointers.shapes import Meta
 from wsfed.pointers.site import Site, StepSites
+from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.tensors import DTYPE_NAMES
 
-__all__ = ["Assembled", "Call", "Kept", "Source", "Step", "Use", "names_of", "template_of"]
+__all__ = [
+    *("Assembled", "Call", "Kept", "Source", "Step", "Use", "names_of", "settings_of"),
+    "template_of",
+]
 
 #: Where a capture of a part comes from: ``("argument", place)``, ``("captured", identifier)`` as it
 #: was recorded, ``("made", (part, ordinal))``, or ``("step", None)`` for what an optimizer uses.
@@ -106,7 +111,7 @@ class Kept:
         metas: of what it used, by identifier.
         pointers: that it captured, by identifier.
         gradients: which had one before, where it asked.
-        modules: that it called, and whether they were in training mode.
+        modules: that it called, and what they were set to.
         effects: what it does to the graph as it is known here.
         template: the leaves of its result: ``(kind, value)``.
         tree: how the result is built of them.
@@ -119,7 +124,7 @@ class Kept:
     metas: dict[int, Meta]
     pointers: dict[int, Any]
     gradients: list[tuple[int, bool]]
-    modules: dict[nn.Module, bool]
+    modules: dict[nn.Module, Any]
     effects: Effects
     template: list[tuple[str, Any]]
     tree: pytree.TreeSpec
@@ -149,7 +154,7 @@ class Kept:
             node = pointer.__dict__.get("_node")
             if (node is not None and node.has_grad) is not had:
                 return False
-        return all(module.training is mode for module, mode in self.modules.items())
+        return all(_is_as(module, settings) for module, settings in self.modules.items())
 
     def build(self, results: Sequence[Pointer], call: Call) -> Any:
         """The result of a call."""
@@ -174,15 +179,23 @@ def template_of(leaf: Any, call: Call, made: list[int]) -> tuple[str, Any]:
     return ("argument", call.ids.index(id)) if id in call.ids else ("value", leaf)
 
 
+#: Programs that a session has on its worker at a time; older ones are shipped again when needed.
+_MOST_SHIPPED: Final = limits.MAX_PLANS // 2
+
+
 class _Shipped:
     """A program that a worker keeps, as long as this is held."""
 
     def __init__(self, link: Link, id: int) -> None:
         self.id, self._link = id, weakref.ref(link)
 
-    def __del__(self) -> None:
-        if (link := self._link()) is not None:
+    def drop(self) -> None:
+        """Have the worker forget it."""
+        if (link := self._link()) is not None and self.id:
             link.release(self.id)
+        self.id = 0
+
+    __del__ = drop
 
 
 @dataclass(slots=True)
@@ -207,9 +220,11 @@ class Assembled:
     def ship(self, link: Link, site: Site | None) -> int:
         """Have a worker keep the program, if it does not yet; what it is called there."""
         found = self.shipped.get(link)
-        if found is None:
+        if found is None or not found.id:
             known: _Shipped | None = link.plans.get(self.program.hash)
-            if known is None:
+            if known is None or not known.id:
+                while len(link.plans) >= _MOST_SHIPPED:
+                    link.plans.pop(next(iter(link.plans.keys()))).drop()
                 known = link.plans[self.program.hash] = _Shipped(link, link.new_id())
                 link.define(known.id, self.program.packed, site)
             found = self.shipped[link] = known
@@ -252,10 +267,29 @@ class Step:
                 pointer.resolve()
 
 
+#: Settings of a module that a plan looks at: a probability, whether it is in training.
+_SETTINGS: Final = frozenset({bool, int, float, str})
+
+
+def settings_of(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What a module is set to, and which parameters, buffers and layers it has itself."""
+    own = [*module._parameters.values(), *module._buffers.values(), *module._modules.values()]
+    return [value for value in vars(module).values() if type(value) in _SETTINGS], own
+
+
+def _is_as(module: nn.Module, settings: tuple[list[Any], list[Any]]) -> bool:
+    set_to, own = settings_of(module)
+    before, had = settings
+    return set_to == before and len(own) == len(had) and all(map(is_, own, had))
+
+
 def names_of(ids: Sequence[int], kept: Kept, function: Callable[..., Any]) -> list[str]:
     """What people call these: arguments, parameters of modules, the state of optimizers."""
     names: dict[int, str] = {}
-    parameters = list(inspect.signature(function).parameters)
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except ValueError:  # torch's own functions have none
+        parameters = []
     for place, id in enumerate(kept.ids):
         is_plain = len(parameters) == len(kept.ids)
         names[id] = parameters[place] if is_plain else f"arg{place}"

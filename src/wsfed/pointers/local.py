@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from wsfed.errors import OpNotAllowed, PointerError, ValueNeeded
 from wsfed.ops import refused
 from wsfed.pointers.calls import call, is_pointer, refuse_function
+from wsfed.pointers.recording import NO_VALUES, recording_now
 
 __all__ = ["LOCAL"]
 
@@ -46,6 +47,8 @@ def _value(function: Callable[..., Any], wanted: str) -> Callable[..., Any]:
         if is_pointer(kwargs.get("out")):
             raise OpNotAllowed("out= takes no pointer here; assign with copy_", op=wanted[:-2])
         first = next(a for a in (*args, *kwargs.values()) if is_pointer(a))
+        if (recording := recording_now()) is not None:
+            recording.refuse(f"{wanted} needs a value, and {NO_VALUES}")
         if not first._handle.link.blocking:
             raise ValueNeeded(wanted, repr(first))
         here = [a.get().detach() if is_pointer(a) else a for a in args]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,18 +34,22 @@ from wsfed.pointers.kept import (
     Step,
     Use,
     names_of,
+    settings_of,
     template_of,
 )
 from wsfed.pointers.pointer import Pointer, make_result
 from wsfed.pointers.recording import Part, Recording, recorded, recording_now
 from wsfed.pointers.site import Site, StepSites, capture_site, describe_site
-from wsfed.pointers.stepping import Stepper, rates_of
+from wsfed.pointers.stepping import Stepper, check_held, rates_of
 
 __all__ = ["Plan", "plan"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+_NO_FUNCTIONS: Final = (
+    *(inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction),
+)
 #: Kinds of calls of which recordings are kept, the last used ones, and recordings of each.
 _MOST_KINDS: Final = 64
 _MOST_EACH: Final = 8
@@ -81,11 +87,12 @@ class Plan(Generic[_P, _R]):
     """
 
     def __init__(self, function: Callable[_P, _R]) -> None:
-        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        if not callable(function) or any(kind(function) for kind in _NO_FUNCTIONS):
             raise TypeError(
                 "a plan is an ordinary function: it is recorded, so nothing waits in it"
             )
         self._function = function
+        self.lock = threading.RLock()
         self.name: str = getattr(function, "__name__", type(function).__name__)
         functools.update_wrapper(self, function)
         self._kept: OrderedDict[Any, list[Kept]] = OrderedDict()
@@ -95,15 +102,21 @@ class Plan(Generic[_P, _R]):
         self._judged: dict[Any, Plan[Any, Any]] = {}
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        if instance is None:
+            return self
+        bound: Plan[..., Any] = Plan(self._function.__get__(instance))
+        with contextlib.suppress(AttributeError, TypeError):  # slots
+            vars(instance)[self.name] = bound  # found first from now on
+        return bound
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Do what the function does. Does not wait."""
         if recording_now() is not None:
             return self._function(*args, **kwargs)
         site = capture_site()
-        step = self._advance(self._read(args, kwargs, site))
-        step.run(site)
+        with self.lock:
+            step = self._advance(self._read(args, kwargs, site))
+            step.run(site)
         result: _R = step.result
         return result
 
@@ -201,9 +214,13 @@ class Plan(Generic[_P, _R]):
                 hash(value)
             except TypeError:
                 raise PlanError(
-                    self.name, f"its arguments are no {kind.__name__}", describe_site(site)
+                    self.name,
+                    f"its arguments are no {kind.__name__}, but pointers, numbers, text, and "
+                    "lists, tuples and dictionaries of them",
+                    describe_site(site),
                 ) from None
-            key.append((kind, value))
+            # -0.0 is equal to 0.0, and nan to nothing.
+            key.append((kind, value.hex() if kind is float else value))
 
     # --- one step further ---
 
@@ -218,7 +235,7 @@ class Plan(Generic[_P, _R]):
     def _record(self, call: Call) -> Step:
         recording, watch = Recording(self.name, call.link), Watch()
         recording.seen = watch.add
-        modules: dict[nn.Module, bool] = {}
+        modules: dict[nn.Module, Any] = {}
         try:
             recording.saw(call.pointers)
             with recorded(recording), looking_on(recording, modules):
@@ -234,7 +251,7 @@ class Plan(Generic[_P, _R]):
         call: Call,
         recording: Recording,
         watch: Watch,
-        modules: dict[nn.Module, bool],
+        modules: dict[nn.Module, Any],
         result: Any,
     ) -> Step:
         """The function has returned: keep what it did."""
@@ -413,7 +430,7 @@ def _hold(recording: Recording, results: Sequence[Pointer]) -> set[int]:
 
 
 @contextmanager
-def looking_on(recording: Recording, modules: dict[nn.Module, bool]) -> Iterator[None]:
+def looking_on(recording: Recording, modules: dict[nn.Module, Any]) -> Iterator[None]:
     """See which modules are called and which optimizers step, in this task or thread."""
 
     def is_ours() -> bool:
@@ -421,13 +438,14 @@ def looking_on(recording: Recording, modules: dict[nn.Module, bool]) -> Iterator
 
     def call(module: nn.Module, *_: Any) -> None:
         if is_ours():
-            modules.setdefault(module, module.training)
+            modules.setdefault(module, settings_of(module))
 
     def begin(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_ours():
             return
         if len(args) > 1 or kwargs.get("closure") is not None:
             recording.refuse("step() takes no closure in a plan: call backward() before it")
+        check_held(optimizer, recording)
         recording.begin_step(optimizer)
 
     def end(optimizer: Any, *_: Any) -> None:

@@ -34,12 +34,17 @@ from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.values import REF
 
-__all__ = ["Part", "Recording", "recorded", "recording_now", "unrecorded"]
+__all__ = ["NO_VALUES", "Part", "Recording", "recorded", "recording_now", "unrecorded"]
 
 _ACTIVE: ContextVar[Recording | None] = ContextVar("wsfed_recording", default=None)
 #: The recording of this task or thread, if there is one.
 recording_now: Final = _ACTIVE.get
 
+#: Why a recording cannot tell a value.
+NO_VALUES: Final = (
+    "it is recorded, not run, so there are no values in it: return what is to be fetched, and "
+    "write torch.where() where a value decides"
+)
 _RECORDED: Final = frozenset({m.Execute.code, m.Backward.code, m.Clone.code})
 
 

@@ -8,10 +8,11 @@ as long as everything else is as it was. Other optimizers are asked in full.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,7 +20,37 @@ from wsfed.pointers.kept import Use
 from wsfed.pointers.pointer import Pointer
 from wsfed.pointers.recording import Part, Recording
 
-__all__ = ["Stepper", "own_state", "rates_of", "set_own_state"]
+__all__ = [
+    *("Stepper", "check_held", "hold", "let_go", "own_state", "rates_of", "set_own_state"),
+]
+
+
+#: Runs that may end early, by the optimizers that have counted all their steps already.
+_HELD: Final[weakref.WeakKeyDictionary[torch.optim.Optimizer, Any]] = weakref.WeakKeyDictionary()
+
+
+def hold(optimizer: torch.optim.Optimizer, run: Any) -> None:
+    """No plan steps with this optimizer until it is known how many steps this run has made."""
+    _HELD[optimizer] = run
+
+
+def let_go(optimizer: torch.optim.Optimizer, run: Any = None) -> None:
+    """It is known (for this run; for any by default)."""
+    if run is None or _HELD.get(optimizer) is run:
+        _HELD.pop(optimizer, None)
+
+
+def check_held(optimizer: torch.optim.Optimizer, recording: Recording) -> None:
+    """Whether a step can be asked for.
+
+    Raises:
+        PlanError: a run that may end early is under way.
+    """
+    if optimizer in _HELD:
+        recording.refuse(
+            "its optimizer does not know yet how many steps a run that may end early will make: "
+            "await that run first"
+        )
 
 
 class Stepper:
@@ -38,6 +69,7 @@ class Stepper:
 
     def step(self, recording: Recording) -> Use:
         """What it does now; afterwards it has counted one step more."""
+        check_held(self._optimizer, recording)
         looks = self._look()
         is_same = looks == self._looks
         if is_same and (numbers := self.quick(recording)) is not None:

@@ -26,7 +26,7 @@ from wsfed.protocol import messages as m
 from wsfed.tensors import DTYPE_NAMES, DTYPES, describe
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.policy import NO_LABELS, Labels, check_leaving, holds_rows
-from wsfed.worker.sizes import ResultSizes
+from wsfed.worker.sizes import ResultSizes, depends_on_values
 from wsfed.worker.store import Failure, Poisoned, Store
 
 __all__ = ["Over", "Programs", "Shelf", "StepFailed"]
@@ -230,7 +230,8 @@ class Shelf:
                 total += frame[slot].nbytes - live.pop(slot, 0)
                 live[slot] = frame[slot].nbytes
             is_written |= self._label(step, frame, at)
-        kept.peak = max(peak, total)
+        if not any(step.op and depends_on_values(step.name) for step in kept.compiled.steps):
+            kept.peak = max(peak, total)
         found = tuple(at.get(slot, NO_LABELS) for slot in kept.program.results)
         if labels and not is_written:
             kept.labels[labels] = found

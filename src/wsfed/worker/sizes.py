@@ -8,7 +8,8 @@ room for much, torch's meta kernel tells the size, once for each distinct call.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -16,12 +17,52 @@ from torch.utils import _pytree as pytree
 
 from wsfed.ops.table import Op
 
-__all__ = ["ResultSizes"]
+__all__ = ["ResultSizes", "depends_on_values"]
 
 #: Results that cannot be larger than this are not looked into.
 _SMALL: Final = 16 * 2**20
 _MOST: Final = 4096
 _WIDEST: Final = 16  # bytes of a complex128
+
+
+def _repeated(tensor: Any, repeats: Any, dim: Any = None, **_: Any) -> int:
+    rows = tensor.numel() if dim is None else tensor.shape[dim]
+    row: int = tensor.numel() // max(rows, 1) * tensor.itemsize
+    return int(repeats.sum()) * row
+
+
+def _repeated_places(repeats: Any, **_: Any) -> int:
+    return int(repeats.sum()) * 8
+
+
+def _counted(values: Any, *_: Any, **__: Any) -> int:
+    return (int(values.max()) + 1) * 8 if values.numel() else 0
+
+
+def _one_hot(values: Any, num_classes: int = -1) -> int:
+    classes = num_classes if num_classes >= 0 else int(values.max()) + 1
+    return int(values.numel()) * classes * 8
+
+
+#: Operations of which values tell how large the result is.
+_BY_VALUES: Final[Mapping[str, Callable[..., int]]] = MappingProxyType(
+    {
+        "torch.repeat_interleave": lambda *args, **kwargs: (
+            _repeated(*args, **kwargs)
+            if len(args) + ("repeats" in kwargs) > 1
+            else _repeated_places(*args, **kwargs)
+        ),
+        "torch.Tensor.repeat_interleave": _repeated,
+        "torch.bincount": _counted,
+        "torch.Tensor.bincount": _counted,
+        "torch.nn.functional.one_hot": _one_hot,
+    }
+)
+
+
+def depends_on_values(name: str) -> bool:
+    """Whether the size of this operation's result has to be asked for at each call."""
+    return name in _BY_VALUES
 
 
 class ResultSizes:
@@ -32,6 +73,8 @@ class ResultSizes:
 
     def of(self, op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """Bytes of results that are new memory; 0 where they cannot be many or are not known."""
+        if (by_values := _BY_VALUES.get(op.name)) is not None:
+            return _asked(by_values, args, kwargs)
         if op.inplace or (not kwargs and _are_few(args)):
             return 0
         leaves = list(_leaves((*args, *kwargs.values())))
@@ -44,6 +87,13 @@ class ResultSizes:
                 self._known.clear()
             known = self._known[key] = _infer(op, args, kwargs)
         return known
+
+
+def _asked(size: Callable[..., int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    try:
+        return max(size(*args, **kwargs), 0)
+    except Exception:  # the operation itself will say what is wrong
+        return 0
 
 
 def _are_few(args: Sequence[Any]) -> bool:

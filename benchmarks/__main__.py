@@ -209,7 +209,9 @@ the ratios carry over** to other machines; no test asserts a time.
 A step of training through pointers is two or three dozen commands, of which nothing waits but the
 last loss. What a worker adds to a command is about 2 µs; an ordinary operation costs the client
 about 5 µs of CPU, whatever the number of pointers. The rest of the difference to in-process torch
-is the socket, and two threads of the worker that share Python's interpreter lock. One value takes
+is the socket, and two threads of the worker that share Python's interpreter lock. A
+[plan](plans.md) is one message a step, or one for all of them, and its worker runs a list of calls.
+For Adam over a data set the client works first, on the counts of all steps. One value takes
 the way through both event loops, so it costs more than an echo: ask for many at once
 (`loss.get()` leaves when it is called; await it later, or `.add_done_callback(...)`).
 

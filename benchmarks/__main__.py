@@ -256,7 +256,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
     training_results = results["training, ms a step"]
     names = list(dict.fromkeys(name for steps in training_results.values() for name in steps))
-    figure, axes = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
     width = 0.9 / len(names)
     for place, name in enumerate(names):
         speeds = [
@@ -269,7 +269,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     )
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_ylabel("speed, in-process torch = 1")
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=5)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -45,9 +45,8 @@ if TYPE_CHECKING:
         WsfedError,
     )
     from wsfed.node import Node
-    from wsfed.pointers.files import load_plan
     from wsfed.pointers.modules import copy, get, move, send
-    from wsfed.pointers.plan import Plan, plan
+    from wsfed.pointers.plan import Plan, load_plan, plan
     from wsfed.pointers.pointer import Pointer
     from wsfed.worker.datasets import Dataset
 
@@ -106,7 +105,7 @@ _HOMES: Final = {
     "connect": "wsfed.client.worker",
     "copy": "wsfed.pointers.modules",
     "get": "wsfed.pointers.modules",
-    "load_plan": "wsfed.pointers.files",
+    "load_plan": "wsfed.pointers.plan",
     "move": "wsfed.pointers.modules",
     "plan": "wsfed.pointers.plan",
     "send": "wsfed.pointers.modules",

@@ -22,13 +22,12 @@ from wsfed.errors import PlanError
 from wsfed.plans.program import Constant, Spec, check_command
 from wsfed.pointers.effects import Effects, Gradient, Marked, NodeForm, Retained, StateForm
 from wsfed.pointers.kept import Kept, Use, settings_of
-from wsfed.pointers.plan import Plan
 from wsfed.pointers.recording import Part
 from wsfed.pointers.shapes import Meta, intern_meta
 from wsfed.pointers.site import capture_site, describe_site
 from wsfed.tensors import DTYPE_NAMES, DTYPES, describe
 
-__all__ = ["load_plan", "save_plan"]
+__all__ = ["read", "write"]
 
 _FORMAT: Final = "wsfed plan 1"
 _COLLECTIONS: Final[Mapping[str, type]] = MappingProxyType(
@@ -38,38 +37,39 @@ _PLAIN: Final = (bool, int, float, str, type(None))
 _EVENTS: Final = (Marked, Gradient, Retained)
 
 
-def save_plan(plan: Plan[..., Any], path: str | Path, **owners: Any) -> None:
-    """Write what a plan does to a file.
+def write(
+    path: str | Path, plan: str, recorded: Mapping[Any, list[Kept]], owners: Mapping[str, Any]
+) -> None:
+    """Write what a plan does.
 
     Args:
-        plan: that was called before.
         path: of the file.
+        plan: its name.
+        recorded: what it did, by the kind of call.
         owners: by name, what it has captured: modules, optimizers and pointers.
 
     Raises:
         PlanError: it was not recorded yet, or has captured what no owner has.
     """
-    names = _Names(plan.name, owners)
-    pairs = [(key, each) for key, variants in plan._kept.items() for each in variants]
+    names = _Names(plan, owners)
+    pairs = [(key, each) for key, variants in recorded.items() for each in variants]
     if not pairs:
-        raise PlanError(plan.name, "it was not recorded yet: call it once", _here())
+        raise PlanError(plan, "it was not recorded yet: call it once", _here())
     kinds = [[_key(item, names) for item in key] for key, _ in pairs]
-    content = msgpack.packb([plan.name, kinds, [_kept(each, names) for _, each in pairs]])
+    content = msgpack.packb([plan, kinds, [_kept(each, names) for _, each in pairs]])
     Path(path).write_bytes(msgpack.packb([_FORMAT, sha256(content).digest(), content]))
 
 
-def load_plan(path: str | Path, **owners: Any) -> Plan[..., Any]:
-    """Read a plan from a file.
-
-    Args:
-        path: of the file.
-        owners: what it uses, by the names under which it was saved; sent before it is called.
+def read(
+    path: str | Path, owners: Mapping[str, Any]
+) -> tuple[str, OrderedDict[Any, list[Kept]], str]:
+    """Read what a plan does.
 
     Returns:
-        A plan for the kinds of calls that were recorded; any other is a ``PlanError``.
+        Its name, what it did by the kind of call, and these kinds for people.
 
     Raises:
-        PlanError: the file is damaged or of another version, or an owner is missing.
+        PlanError: the file is damaged or of another version, or an owner is missing or another.
     """
     try:
         version, digest, content = msgpack.unpackb(Path(path).read_bytes())
@@ -91,16 +91,7 @@ def load_plan(path: str | Path, **owners: Any) -> Plan[..., Any]:
         why = f"it cannot be read ({type(error).__name__}: {error})"
         raise PlanError(str(path), why, _here()) from None
     names.check()
-    told = "; ".join(dict.fromkeys(_kind_of(key) for key in kept))
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        why = f"it was loaded from a file, in which there is no such call; there is ({told})"
-        raise PlanError(name, why, _here())
-
-    function.__name__ = name
-    plan: Plan[..., Any] = Plan(function)
-    plan._kept = kept
-    return plan
+    return name, kept, "; ".join(dict.fromkeys(map(_kind_of, kept)))
 
 
 def _here() -> str:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from wsfed.errors import NotCollocated, PlanError
 from wsfed.plans.assembly import assemble
 from wsfed.plans.program import Program, made
+from wsfed.pointers import files
 from wsfed.pointers.calls import mode_now
 from wsfed.pointers.effects import Effects, Watch
 from wsfed.pointers.kept import (
@@ -42,7 +43,7 @@ from wsfed.pointers.recording import Part, Recording, recorded, recording_now
 from wsfed.pointers.site import Site, StepSites, capture_site, describe_site
 from wsfed.pointers.stepping import Stepper, check_held, rates_of
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "load_plan", "plan"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -75,6 +76,31 @@ def plan(function: Callable[_P, _R]) -> Plan[_P, _R]:
         TypeError: a coroutine or generator function.
     """
     return Plan(function)
+
+
+def load_plan(path: str | Path, **owners: Any) -> Plan[..., Any]:
+    """Read a plan from a file.
+
+    Args:
+        path: of the file.
+        owners: what it uses, by the names under which it was saved; sent before it is called.
+
+    Returns:
+        A plan for the kinds of calls that were recorded; any other is a ``PlanError``.
+
+    Raises:
+        PlanError: the file is damaged or of another version, or an owner is missing or another.
+    """
+    name, kept, told = files.read(path, owners)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        why = f"it was loaded from a file, in which there is no such call; there is ({told})"
+        raise PlanError(name, why, describe_site(capture_site()))
+
+    function.__name__ = name
+    loaded: Plan[..., Any] = Plan(function)
+    loaded._kept = kept
+    return loaded
 
 
 class Plan(Generic[_P, _R]):
@@ -146,9 +172,7 @@ class Plan(Generic[_P, _R]):
         Raises:
             PlanError: it was not recorded yet, or has captured what no owner has.
         """
-        from wsfed.pointers.files import save_plan
-
-        save_plan(self, path, **owners)
+        files.write(path, self.name, self._kept, owners)
 
     @property
     def programs(self) -> list[Program]:

@@ -137,10 +137,13 @@ class RemoteDataset:
             until: of the plan's result: a tensor of one element. The run ends when it is true.
 
         Raises:
+            TypeError: what is to be run is no plan.
             ValueError: no epoch, no batch, or a batch of less than one row.
             NotFound: there is no such field.
             PlanError: the function cannot be recorded, or gives something else than numbers.
         """
+        if not isinstance(plan, Plan):
+            raise TypeError(f"a {type(plan).__name__} is no plan: decorate it with @wsfed.plan")
         batches = self._batches(batch_size, epochs, seed if shuffle else None, drop_last)
         wanted = {name: self._field(name) for name in (self.fields if fields is None else fields)}
 
@@ -148,7 +151,8 @@ class RemoteDataset:
             shapes = [((rows, *field.shape[1:]), field.dtype) for field in wanted.values()]
             return [make_pointer(self._link, self._link.new_id(), *shape) for shape in shapes]
 
-        return begin(self._link, self.name, list(wanted), plan, make, batches, until)
+        with plan.lock:
+            return begin(self._link, self.name, list(wanted), plan, make, batches, until)
 
     def _batches(self, batch_size: int, epochs: int, seed: int | None, drop_last: bool) -> Batches:
         _check_size(batch_size)

@@ -15,7 +15,7 @@ from wsfed.pointers.ahead import Ahead
 from wsfed.pointers.plan import Plan
 from wsfed.pointers.pointer import Pointer
 from wsfed.pointers.recording import recording_now
-from wsfed.pointers.site import Site, capture_site, describe_site
+from wsfed.pointers.site import capture_site, describe_site
 from wsfed.pointers.stepping import hold, let_go
 from wsfed.protocol import messages as m
 
@@ -173,24 +173,8 @@ def begin(
 ) -> DatasetRun:
     """Have a plan run over a data set. Does not wait."""
     site = capture_site()
-    if not isinstance(plan, Plan):
-        raise TypeError(f"a {type(plan).__name__} is no plan: decorate it with @wsfed.plan")
     if (recording := recording_now()) is not None:
         recording.refuse("a run over a data set has no place in it")
-    with plan.lock:
-        return _begin(link, name, fields, plan, make, batches, until, site)
-
-
-def _begin(
-    link: Any,
-    name: str,
-    fields: Sequence[str],
-    plan: Plan[..., Any],
-    make: Callable[[int], list[Pointer]],
-    batches: Batches,
-    until: Callable[[Any], Any] | None,
-    site: Site | None,
-) -> DatasetRun:
     ahead = Ahead(plan if until is None else plan.judged(until), make)
     step = None
     for _ in range(batches.epochs):

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 
 import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 
-from tests.conftest import _SlowSteps
+from tests.conftest import SLOW, slow_steps
 
 
-async def test_a_slow_callback_is_found() -> None:
-    slow, logger = _SlowSteps(), logging.getLogger("asyncio")
-    logger.addHandler(slow)
-    logger.propagate = False
-    try:
+@pytest.mark.blocking
+async def test_a_slow_step_is_found() -> None:
+    with slow_steps() as found:
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
-        loop.call_soon(busy, 0.6)
+        loop.call_soon(busy, SLOW + 0.1)
         loop.call_soon(done.set)
         await done.wait()
         await asyncio.sleep(0)
-    finally:
-        logger.removeHandler(slow)
-        logger.propagate = True
-    assert len(slow.found) == 1
-    # The guard of this very test has seen it, too, and would fail it.
-    for handler in logger.handlers:
-        if isinstance(handler, _SlowSteps):
-            handler.found.clear()
+    assert len(found) == 1
+    assert "busy" in found[0]
+
+
+@pytest.mark.blocking
+async def test_a_step_that_the_machine_puts_off_is_not() -> None:
+    with slow_steps() as found:
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+        loop.call_soon(time.sleep, SLOW + 0.1)
+        loop.call_soon(done.set)
+        await done.wait()
+        await asyncio.sleep(0)
+    assert not found
 
 
 def busy(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
         pass
 
 
@@ -43,3 +46,9 @@ def busy(seconds: float) -> None:
 async def test_a_blocking_call_is_found() -> None:
     with blockbuster_ctx("tests"), pytest.raises(BlockingError):
         time.sleep(0.01)
+
+
+async def test_a_call_from_another_thread_is_found() -> None:
+    loop = asyncio.get_running_loop()
+    with pytest.raises(RuntimeError, match="Non-thread-safe"):
+        await asyncio.to_thread(loop.call_soon, busy, 0)

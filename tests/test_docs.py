@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -29,15 +28,12 @@ PROGRAMS = [
 def test_a_program_of_the_documentation_runs(program: str, tmp_path: Path) -> None:
     file = tmp_path / "program.py"
     file.write_text(program)
-    # Debug mode of asyncio, which the tests run in, writes to stderr.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONASYNCIODEBUG"}
     done = subprocess.run(
         [sys.executable, "-W", "error", file],
         capture_output=True,
         text=True,
         timeout=100,
         cwd=tmp_path,
-        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

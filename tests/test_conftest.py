@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import pytest
@@ -33,6 +34,23 @@ async def test_a_step_that_the_machine_puts_off_is_not() -> None:
         loop.call_soon(done.set)
         await done.wait()
         await asyncio.sleep(0)
+    assert not found
+
+
+@pytest.mark.blocking
+async def test_a_step_in_which_garbage_is_collected_is_not() -> None:
+    heap = [[number] for number in range(3_000_000)]
+    with slow_steps() as found:
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+        loop.call_soon(gc.collect)
+        loop.call_soon(done.set)
+        begun = time.thread_time()
+        await done.wait()
+        await asyncio.sleep(0)
+        took = time.thread_time() - begun
+    assert took > SLOW / 10
+    assert len(heap) == 3_000_000
     assert not found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import typer.main
 
 import wsfed
-from wsfed import cli, errors, syft, sync, testing
+from wsfed import cli, errors, federated, syft, sync, testing
 from wsfed.protocol import codec, limits, session, stream
 from wsfed.protocol import messages as m
 
@@ -127,6 +127,8 @@ def reference() -> str:
     parts = ["# Reference\n", NOTE]
     modules = (
         ("wsfed", wsfed),
+        ("wsfed.federated", federated),
+        ("wsfed.federated.partition", federated.partition),
         ("wsfed.sync", sync),
         ("wsfed.syft", syft),
         ("wsfed.testing", testing),
@@ -135,6 +137,7 @@ def reference() -> str:
     for title, module in modules:
         parts.append(f"## {title}\n")
         names = [n for n in module.__all__ if not n.startswith("__") and n not in known]
+        names = [n for n in names if not inspect.ismodule(getattr(module, n))]
         parts += [section(f"{title}.{name}", getattr(module, name)) for name in sorted(names)]
     parts.append("## Errors\n\n```text\n" + tree() + "\n```\n")
     parts += [section(name, getattr(errors, name)) for name in sorted(errors.__all__)]

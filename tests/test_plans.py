@@ -147,6 +147,23 @@ def test_a_run_ends_when_a_condition_holds(name: str, bob: sync.VirtualWorker) -
     assert_same_bits(plan(bob.send(x), bob.send(y)).detach(), train(x, y))
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_batches_before_one_that_cannot_be_run_are_run(name: str) -> None:
+    data = wsfed.Dataset("points", {"x": ROWS[:33], "y": LABELS[:33]})
+    with sync.VirtualWorker("carol", datasets=[data]) as carol:
+        local = nn.Sequential(nn.Linear(ROWS.shape[1], 8), nn.BatchNorm1d(8), nn.Linear(8, 9))
+        remote = carol.send(copy.deepcopy(local))
+        train = step_of(local, OPTIMIZERS[name](local.parameters()))
+        plan = wsfed.plan(step_of(remote, OPTIMIZERS[name](remote.parameters())))
+        for start in (0, 16):
+            train(ROWS[start : start + 16], LABELS[start : start + 16])
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            carol.dataset("points").run(plan, batch_size=16)  # 16, 16, and 1
+        carol.flush()
+        x, y = ROWS[:16], LABELS[:16]
+        assert_same_bits(plan(carol.send(x), carol.send(y)).detach(), train(x, y))
+
+
 async def test_a_run_reports_while_it_runs_and_can_be_stopped() -> None:
     data = wsfed.Dataset("points", {"x": ROWS, "y": LABELS})
     async with wsfed.VirtualWorker("carol", datasets=[data]) as carol:

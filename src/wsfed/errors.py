@@ -21,14 +21,18 @@
     │   ├── PlanError               a function cannot be recorded, or a plan not be used so
     │   ├── ValueNeeded             Python needs the value now: await or get it first
     │   └── ConstantTooLarge        a local tensor too large to travel along with an operation
-    └── DatasetError            a data file is missing, malformed or unusable
+    ├── DatasetError            a data file is missing, malformed or unusable
+    └── FederatedError          federated training cannot go on; the model is that of the last round
+        ├── TooFewSites             a round was closed with fewer replies than it needs
+        └── UpdateRejected          what a site reported cannot be used
 
 Data is carried in attributes, and the text is made from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "AuthenticationFailed",
@@ -37,6 +41,7 @@ __all__ = [
     "ConstantTooLarge",
     "DatasetError",
     "DeadlineExceeded",
+    "FederatedError",
     "GetNotPermitted",
     "LocalProtocolError",
     "NotCollocated",
@@ -49,6 +54,8 @@ __all__ = [
     "RemoteError",
     "RemoteProtocolError",
     "SessionLost",
+    "TooFewSites",
+    "UpdateRejected",
     "ValueNeeded",
     "WsfedError",
 ]
@@ -284,3 +291,48 @@ class DatasetError(WsfedError, ValueError):
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(f"{path}: {reason}")
+
+
+class FederatedError(WsfedError):
+    """Federated training cannot go on. The model holds what the last finished round made of it.
+
+    Attributes:
+        reason: one sentence.
+        history: of the rounds that were finished; ``None`` where training had not begun.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self.history: Any = None
+        super().__init__(reason)
+
+
+class TooFewSites(FederatedError):
+    """A round was closed with fewer replies than it needs.
+
+    Attributes:
+        round: which, from 1.
+        replied: how many did.
+        needed: how many have to.
+        missing: why the others did not, by site.
+    """
+
+    def __init__(self, round: int, replied: int, needed: int, missing: Mapping[str, str]) -> None:
+        self.round, self.replied, self.needed, self.missing = round, replied, needed, missing
+        why = "; ".join(f"{site}: {reason}" for site, reason in missing.items())
+        super().__init__(
+            f"round {round} has replies of {replied} sites and needs {needed}{why and f' ({why})'}"
+        )
+
+
+class UpdateRejected(FederatedError):
+    """What a site reported cannot be used; the model is that of the round before.
+
+    Attributes:
+        round: which, from 1.
+        site: who.
+    """
+
+    def __init__(self, round: int, site: str, reason: str) -> None:
+        self.round, self.site = round, site
+        super().__init__(f"round {round}: the update of {site!r} cannot be used: {reason}")

@@ -176,10 +176,14 @@ def begin(
     if (recording := recording_now()) is not None:
         recording.refuse("a run over a data set has no place in it")
     ahead = Ahead(plan if until is None else plan.judged(until), make)
-    step = None
-    for _ in range(batches.epochs):
-        for rows in batches.sizes:
+    step, failed = None, None
+    try:
+        for rows in [*batches.sizes] * batches.epochs:
             step = ahead.batch(rows, site)
+    except Exception as error:
+        failed = error  # as in a loop, the batches before this one are run
+        if step is None:
+            raise
     assert step is not None
     result, judged = step.result, None
     if until is not None:
@@ -222,6 +226,8 @@ def begin(
         for optimizer in ahead.optimizers:
             hold(optimizer, run)
     run._begun(requests[0], asked)
+    if failed is not None:
+        raise failed
     return run
 
 

@@ -89,7 +89,8 @@ class Ahead:
             return replace(known, numbers=numbers)
         if rows not in self._fields:
             self._fields[rows] = self._make(rows)
-        step = self._plan._advance(self._plan._read(tuple(self._fields[rows]), {}, site))
+        call = self._plan._read(tuple(self._fields[rows]), {}, site)
+        step = self._plan._advance(call, is_next=not self._steps)
         self._recordings.append(step.recording)
         state = own_state(step.optimizers)
         if self._first is None:

@@ -248,15 +248,21 @@ class Plan(Generic[_P, _R]):
 
     # --- one step further ---
 
-    def _advance(self, call: Call) -> Step:
-        """Everything that happens here at a call; what is left is to have the program run."""
+    def _advance(self, call: Call, *, is_next: bool = True) -> Step:
+        """Everything that happens here at a call; what is left is to have the program run.
+
+        Args:
+            call: which.
+            is_next: whether all that was said before has been sent. If the function raises then,
+                it has done what it did until there; else it has done nothing.
+        """
         for kept in self._kept.get(call.key, ()):
             if kept.holds(call):
                 self._kept.move_to_end(call.key)
                 return self._again(kept, call)
-        return self._record(call)
+        return self._record(call, is_next)
 
-    def _record(self, call: Call) -> Step:
+    def _record(self, call: Call, is_next: bool) -> Step:
         recording, watch = Recording(self.name, call.link), Watch()
         recording.seen = watch.add
         modules: dict[nn.Module, Any] = {}
@@ -266,7 +272,8 @@ class Plan(Generic[_P, _R]):
                 result = self._function(*call.args, **call.kwargs)
             return self._finish(call, recording, watch, modules, result)
         except BaseException:
-            recording.send_anyway()
+            if is_next:
+                recording.send_anyway()
             recording.end()
             raise
 

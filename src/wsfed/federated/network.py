@@ -1,0 +1,218 @@
+"""The sites of a training: opened, compared, and opened again when they are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from wsfed.errors import ConnectionLost, FederatedError, SessionLost
+from wsfed.federated.recipe import Recipe
+from wsfed.federated.replica import Replica
+from wsfed.federated.sampling import Candidate
+from wsfed.federated.site import Site
+
+__all__ = ["LOST", "Network", "Opener", "Setup"]
+
+#: What tells that a worker is gone, and not that training is wrong.
+LOST = (ConnectionLost, SessionLost)
+
+#: Opens a connection to a worker: ``partial(wsfed.connect, url)``.
+Opener: TypeAlias = Callable[[], AbstractAsyncContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every site is set up with.
+
+    Attributes:
+        dataset: its name, or a pattern (``"shard-*"``); each that fits is a site of its own.
+        validation: name of the data set to evaluate on, or a pattern; ``None`` for none.
+        recipe: how to train.
+        mu: of a proximal term.
+        corrects: whether gradients are corrected.
+    """
+
+    dataset: str
+    validation: str | None
+    recipe: Recipe
+    mu: float = 0.0
+    corrects: bool = False
+
+
+@dataclass(slots=True)
+class _Place:
+    """One worker: as it was given, and what is there now."""
+
+    given: Any
+    worker: Any = None
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    sites: list[Site] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    lost: str = ""
+
+
+class Network:
+    """Sites on workers; an async context manager.
+
+    Args:
+        workers: connected ones, which stay the caller's; or what opens a connection, which is
+            closed in the end, and opened again when it is lost.
+        model: of which each worker gets a copy.
+        setup: the same for all.
+    """
+
+    def __init__(self, workers: Sequence[Any | Opener], model: nn.Module, setup: Setup) -> None:
+        if not workers:
+            raise FederatedError("there are no workers")
+        for each in workers:
+            if not hasattr(each, "link") and not callable(each):
+                raise TypeError(
+                    f"{each!r} is no worker: give connected ones, or what opens a connection, such "
+                    "as functools.partial(wsfed.connect, url)"
+                )
+            if getattr(getattr(each, "link", None), "blocking", False):
+                raise TypeError(f"{each!r} is of the blocking world; fit() is awaited")
+        self._places = [_Place(each) for each in workers]
+        self._model, self._setup = model, setup
+
+    # --- opening ---
+
+    async def __aenter__(self) -> Network:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for place in self._places:
+                    group.create_task(self._open(place))
+            self._compare()
+        except BaseException as error:
+            await self._close()
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+        return self
+
+    async def _open(self, place: _Place) -> None:
+        place.stack = AsyncExitStack()
+        if hasattr(place.given, "link"):
+            place.worker = place.given
+            await place.worker.link.opened
+        else:
+            place.worker = await place.stack.enter_async_context(place.given())
+        worker, setup = place.worker, self._setup
+        names = _fitting(worker, setup.dataset)
+        replica = Replica(worker, self._model, setup.recipe, mu=setup.mu, corrects=setup.corrects)
+        turns = asyncio.Lock()
+        place.sites = []
+        for name in names:
+            site = worker.id if len(names) == 1 else f"{worker.id}/{name}"
+            validation = await self._validation(worker, name)
+            dataset = await worker.dataset(name)
+            place.sites.append(Site(site, dataset, validation, replica, turns, setup.recipe))
+        place.names, place.lost = [site.name for site in place.sites], ""
+
+    async def _validation(self, worker: Any, dataset: str) -> Any:
+        wanted = self._setup.validation
+        if wanted is None:
+            return None
+        names = [name for name in _fitting(worker, wanted) if name != dataset]
+        if len(names) != 1:
+            raise FederatedError(
+                f"worker {worker.id!r} has {len(names)} data sets {wanted!r} to evaluate on; it "
+                "takes one"
+            )
+        return await worker.dataset(names[0])
+
+    def _compare(self) -> None:
+        sites = self.sites
+        names = [site.name for site in sites]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise FederatedError(
+                f"several workers are called {', '.join(sorted(twice))}: start them with other "
+                "ids, or connect with connect(url, id=…)"
+            )
+        for site in sites:
+            site.check_fields()
+            if site.kinds != sites[0].kinds:
+                raise FederatedError(
+                    f"the rows of {site.name!r} ({site.told}) are not of the kind of those of "
+                    f"{sites[0].name!r} ({sites[0].told})"
+                )
+
+    # --- while training goes on ---
+
+    @property
+    def sites(self) -> list[Site]:
+        """Those that are there, in the order of the workers."""
+        return [site for place in self._places for site in place.sites]
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Why the others are not, by site."""
+        return {name: p.lost for p in self._places if p.lost for name in p.names}
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The sites that are there, for a sampler."""
+        return [
+            Candidate(
+                site.name,
+                site.rows,
+                frozenset(map(str, site.worker.info.get("tags", ()))),
+                site.worker.id,
+            )
+            for site in self.sites
+        ]
+
+    def lose(self, worker: Any, reason: str) -> None:
+        """A worker is gone, with all of its sites."""
+        for place in self._places:
+            if place.worker is worker and not place.lost:
+                place.lost, place.sites = reason, []
+
+    async def reopen(self) -> None:
+        """Try once to open again what was lost, where it is known how."""
+        async with asyncio.TaskGroup() as group:
+            for place in self._places:
+                if place.lost and not hasattr(place.given, "link"):
+                    group.create_task(self._reopen(place))
+
+    async def _reopen(self, place: _Place) -> None:
+        try:
+            await place.stack.aclose()
+            await self._open(place)
+        except LOST as error:
+            place.lost, place.sites = str(error), []
+
+    # --- the end ---
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        await asyncio.gather(
+            *(place.stack.aclose() for place in self._places), return_exceptions=True
+        )
+
+
+def _fitting(worker: Any, pattern: str) -> list[str]:
+    """The worker's data sets of that name, or that fit the pattern."""
+    known = list(worker.info["datasets"])
+    names = [name for name in known if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+    if not names:
+        raise FederatedError(
+            f"worker {worker.id!r} has no data set {pattern!r}; it has "
+            + (", ".join(map(repr, known)) or "none")
+        )
+    return names

@@ -1,0 +1,154 @@
+"""The model on one worker, which stays there: it is given values, trained, and asked for values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Awaitable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from wsfed.federated.recipe import Recipe, measure
+from wsfed.federated.strategies.strategy import LocalTerms, State
+from wsfed.pointers import modules
+from wsfed.pointers.plan import Plan
+
+__all__ = ["Replica", "buffers_of", "state_of"]
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What travels of a model: parameters that require grad, and buffers that are saved.
+
+    What is frozen is sent once, when training begins.
+    """
+    saved = model.state_dict(keep_vars=True)
+    buffers = buffers_of(model)
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    return {name: saved[name] for name in saved if name in trained or name in buffers}
+
+
+def buffers_of(model: nn.Module) -> frozenset[str]:
+    """Names of the buffers among these."""
+    saved = model.state_dict(keep_vars=True)
+    return frozenset(name for name, _ in model.named_buffers() if name in saved)
+
+
+def _local(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype) if value is None else value.to(like.dtype)
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+class Replica:
+    """A copy of the model on one worker. Nothing here waits but what is awaited.
+
+    Args:
+        worker: where it is.
+        model: it is copied; this one stays as it is.
+        recipe: how it is trained.
+        mu: of the proximal term.
+        corrects: whether a correction is added to gradients.
+    """
+
+    def __init__(
+        self, worker: Any, model: nn.Module, recipe: Recipe, *, mu: float, corrects: bool
+    ) -> None:
+        self.worker = worker
+        self._recipe, self._mu = recipe, mu
+        self.model: nn.Module = worker.send(copy.deepcopy(model))
+        self._entries = state_of(self.model)
+        buffers = buffers_of(self.model)
+        self._trained = {name: e for name, e in self._entries.items() if name not in buffers}
+        self.optimizer = recipe.optimizer(self._trained.values())
+        self._given = self._copies() if mu else {}
+        self._correction = self._copies() if corrects else {}
+        self._load, self._load_correction = Plan(self._loaded), Plan(self._corrected)
+        self.step, self.judge = Plan(self._stepped), Plan(self._judged)
+        self._slopes: dict[int, Plan[..., Any]] = {}
+        self._sent: tuple[State | None, list[Any]] = (None, [])
+
+    def _copies(self) -> dict[str, Any]:
+        with torch.no_grad():
+            return {name: each.detach().clone() for name, each in self._trained.items()}
+
+    # --- values ---
+
+    def give(self, state: State, terms: LocalTerms) -> None:
+        """Set the model to these values, and forget the optimizer's state."""
+        if self._sent[0] is not state:
+            values = [state[name].detach() for name in self._entries]
+            self._sent = (state, self.worker.send(values))
+        self._load(self._sent[1])
+        if self._correction:
+            values = [_local(terms.correction.get(name), e) for name, e in self._correction.items()]
+            self._load_correction(self.worker.send(values))
+        self.optimizer.state.clear()
+
+    def slope(self, rows: int) -> Plan[..., Any]:
+        """What adds a batch's part to the gradient of the mean loss over so many rows."""
+        for parameter in self._trained.values():
+            parameter.grad = None
+        if rows not in self._slopes:
+            self._slopes[rows] = Plan(partial(self._sloped, rows))
+        return self._slopes[rows]
+
+    def ask_slope(self) -> Awaitable[Sequence[torch.Tensor]]:
+        """The gradients, and the values of buffers, in the order of :func:`state_of`."""
+        asked: Awaitable[Sequence[torch.Tensor]] = modules.get(
+            [
+                entry if name not in self._trained else _gradient(entry)
+                for name, entry in self._entries.items()
+            ]
+        )
+        return asked
+
+    def ask(self) -> Awaitable[Sequence[torch.Tensor]]:
+        """The values, in the order of :func:`state_of`. The request has left."""
+        asked: Awaitable[Sequence[torch.Tensor]] = modules.get(list(self._entries.values()))
+        return asked
+
+    def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """These values by name."""
+        return {name: v.detach() for name, v in zip(self._entries, values, strict=True)}
+
+    # --- what is recorded ---
+
+    def _loaded(self, values: Sequence[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for entry, value in zip(self._entries.values(), values, strict=True):
+                entry.copy_(value)
+            for name, given in self._given.items():
+                given.copy_(self._entries[name])
+
+    def _corrected(self, values: Sequence[torch.Tensor]) -> None:
+        for entry, value in zip(self._correction.values(), values, strict=True):
+            entry.copy_(value)
+
+    def _stepped(self, *batch: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        loss = self._recipe.objective(self.model, *batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                if parameter.grad is None:
+                    continue
+                if self._mu:
+                    drift = parameter.detach() - self._given[name]
+                    parameter.grad.add_(drift, alpha=self._mu)
+                if self._correction:
+                    parameter.grad.add_(self._correction[name])
+        self.optimizer.step()
+        return loss.detach()
+
+    def _judged(self, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return measure(self._recipe, self.model, batch)
+
+    def _sloped(self, rows: int, *batch: torch.Tensor) -> torch.Tensor:
+        loss = self._recipe.objective(self.model, *batch)
+        (loss * (len(batch[0]) / rows)).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()

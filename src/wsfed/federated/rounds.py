@@ -1,0 +1,364 @@
+"""Round after round: sites are asked to train, and what they report becomes the next model."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from wsfed.errors import TooFewSites, UpdateRejected
+from wsfed.federated.averaging import Mean
+from wsfed.federated.history import SiteRound
+from wsfed.federated.network import LOST, Network
+from wsfed.federated.sampling import Sampler, Selection
+from wsfed.federated.site import Report, Site
+from wsfed.federated.strategies.strategy import (
+    LocalTerms,
+    MeanStrategy,
+    Memory,
+    Reply,
+    State,
+    Strategy,
+)
+
+__all__ = ["Closing", "Rounds", "Trained"]
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """When a round is closed.
+
+    Attributes:
+        deadline: seconds from its beginning; ``None`` to wait for all.
+        min_sites: replies that it needs.
+        min_fraction: share of the replies that were wanted which it needs.
+        keep_late: whether sites that are late go on, and count in the round in which they reply;
+            else they are stopped.
+    """
+
+    deadline: float | None = None
+    min_sites: int = 1
+    min_fraction: float = 0.0
+    keep_late: bool = False
+
+    def __post_init__(self) -> None:
+        if self.deadline is not None and not self.deadline > 0:
+            raise ValueError(f"deadline is a number of seconds, not {self.deadline}")
+        if self.min_sites < 1 or not 0 <= self.min_fraction <= 1:
+            raise ValueError(
+                f"min_workers is at least 1, min_fraction between 0 and 1: "
+                f"{self.min_sites}, {self.min_fraction}"
+            )
+
+    def needed(self, wanted: int) -> int:
+        """Replies without which the round fails, of so many that were wanted."""
+        return max(self.min_sites, math.ceil(self.min_fraction * wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a round.
+
+    Attributes:
+        loss: of training, weighted by rows.
+        sites: what each did.
+    """
+
+    loss: float
+    sites: list[SiteRound]
+
+
+#: What came of a site: a report, why it was lost, or an error that ends training.
+_Outcome: TypeAlias = Report | str | Exception
+
+
+@dataclass(slots=True)
+class _Work:
+    """A site that trains.
+
+    Attributes:
+        task: of it.
+        since: round in which it was given its model.
+        given: that model.
+    """
+
+    task: asyncio.Task[_Outcome]
+    since: int
+    given: State
+
+
+class Rounds:
+    """The model between rounds, and the sites that train; an async context manager.
+
+    Args:
+        network: the sites.
+        strategy: what becomes of their replies.
+        sampler: who takes part.
+        closing: when a round ends.
+        state: of the model to begin with.
+        memory: of the strategy.
+        buffers: names of what is not trained.
+        seed: of the sampler.
+        progress: told of each batch.
+
+    Attributes:
+        state: of the model now.
+        memory: of the strategy now.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        strategy: Strategy,
+        sampler: Sampler,
+        closing: Closing,
+        state: State,
+        memory: Memory,
+        buffers: frozenset[str],
+        *,
+        seed: int,
+        progress: Callable[[str, Any], None] | None,
+    ) -> None:
+        self.state, self.memory = state, memory
+        self._network, self._strategy, self._sampler = network, strategy, sampler
+        self._closing, self._buffers, self._seed = closing, buffers, seed
+        self._progress = progress
+        self._working: dict[str, _Work] = {}
+
+    async def __aenter__(self) -> Rounds:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stop(list(self._working))
+
+    def select(self, number: int) -> Selection:
+        """Who takes part in a round."""
+        return self._sampler(self._network.candidates, number, self._seed)
+
+    # --- concurrently ---
+
+    async def concurrent(self, number: int, selection: Selection) -> Trained:
+        """All sites train at once from the same model on; their replies are aggregated.
+
+        Raises:
+            TooFewSites: it has to be closed with too few replies.
+            UpdateRejected: a reply cannot be used.
+            WsfedError: a site failed in another way than being lost.
+        """
+        for site in self._sites(selection):
+            if site.name not in self._working:
+                self._start(site, number)
+        replies = _Replies(self._strategy, selection.chosen)
+        told = await self._collect(number, selection, replies)
+        await self._check_enough(number, selection, replies, told)
+        self.state, self.memory = await asyncio.to_thread(
+            replies.aggregate, self.state, self.memory, self._buffers
+        )
+        return Trained(_mean_loss(told), told)
+
+    def _sites(self, selection: Selection) -> list[Site]:
+        return [site for site in self._network.sites if site.name in selection.chosen]
+
+    def _start(self, site: Site, number: int) -> None:
+        terms = self._strategy.local_terms(self.memory, site.name)
+        work = self._train(site, self.state, terms, number)
+        self._working[site.name] = _Work(asyncio.create_task(work), number, self.state)
+
+    async def _train(self, site: Site, state: State, terms: LocalTerms, number: int) -> _Outcome:
+        try:
+            report = await site.train(state, terms, number, self._strategy, self._progress)
+            if not self._strategy.tolerates_garbage:
+                await asyncio.to_thread(_check, report.reply, number)
+        except LOST as error:
+            self._network.lose(site.worker, str(error))
+            return str(error)
+        except Exception as error:
+            return error
+        return report
+
+    async def _collect(
+        self, number: int, selection: Selection, replies: _Replies
+    ) -> list[SiteRound]:
+        """Wait until the round is to be closed; tells what each site did."""
+        ends = None if self._closing.deadline is None else time.monotonic() + self._closing.deadline
+        told: list[SiteRound] = []
+        while self._working and replies.count < selection.wanted:
+            left = None if ends is None else ends - time.monotonic()
+            tasks = {work.task: name for name, work in self._working.items()}
+            done, _ = await asyncio.wait(
+                tasks, timeout=None if left is None else max(left, 0), return_when="FIRST_COMPLETED"
+            )
+            if not done:
+                break  # the deadline
+            names = sorted(tasks[task] for task in done)
+            told += [await self._take(number, name, replies) for name in names]
+        if not self._closing.keep_late:
+            enough = replies.count >= selection.wanted
+            left_over = list(self._working)
+            told += [SiteRound(name, "spare" if enough else "late") for name in left_over]
+            await self._stop(left_over)
+        return told
+
+    async def _take(self, number: int, name: str, replies: _Replies) -> SiteRound:
+        work = self._working.pop(name)
+        outcome = work.task.result()
+        if isinstance(outcome, Exception):
+            await self._stop(list(self._working))
+            raise outcome
+        if isinstance(outcome, str):
+            return SiteRound(name, outcome)
+        staleness = number - work.since
+        given = None if work.given is self.state else work.given
+        await asyncio.to_thread(
+            replies.add, replace(outcome.reply, staleness=staleness, given=given)
+        )
+        return _record(outcome, staleness)
+
+    async def _check_enough(
+        self, number: int, selection: Selection, replies: _Replies, told: Sequence[SiteRound]
+    ) -> None:
+        needed = max(self._closing.needed(selection.wanted), self._strategy.min_replies)
+        if replies.count >= needed:
+            return
+        missing = {each.site: each.outcome for each in told if each.outcome != "used"}
+        missing |= dict.fromkeys(self._working, "late")
+        missing = {**self._network.lost, **missing}
+        await self._stop(list(self._working))
+        raise TooFewSites(number, replies.count, needed, missing)
+
+    async def _stop(self, names: Sequence[str]) -> None:
+        tasks = [self._working.pop(name).task for name in names]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- one after the other ---
+
+    async def sequential(self, number: int, selection: Selection) -> Trained:
+        """The model travels: each site goes on from what the one before made of it.
+
+        Raises:
+            TooFewSites: too few trained it.
+            UpdateRejected: a reply cannot be used.
+            WsfedError: a site failed in another way than being lost.
+        """
+        state, told = self.state, list[SiteRound]()
+        for site in self._sites(selection):
+            try:
+                async with asyncio.timeout(self._closing.deadline):
+                    outcome = await self._train(site, state, LocalTerms(), number)
+            except TimeoutError:
+                outcome = "late"
+            if isinstance(outcome, Exception):
+                raise outcome
+            if isinstance(outcome, str):
+                told.append(SiteRound(site.name, outcome))
+                continue
+            state = outcome.reply.state
+            told.append(_record(outcome, 0))
+        count = sum(each.outcome == "used" for each in told)
+        if count < (needed := self._closing.needed(selection.wanted)):
+            missing = {each.site: each.outcome for each in told if each.outcome != "used"}
+            raise TooFewSites(number, count, needed, {**self._network.lost, **missing})
+        self.state = state
+        return Trained(_mean_loss(told), told)
+
+    # --- evaluation ---
+
+    async def judge(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Loss and metrics of the model on the sites' rows for that: of all, and of each."""
+        sites = [site for site in self._network.sites if site.validation_rows]
+        found = await asyncio.gather(*(self._judge(site) for site in sites))
+        each = {
+            site.name: told for site, told in zip(sites, found, strict=True) if told is not None
+        }
+        rows = {site.name: site.validation_rows for site in sites}
+        total = sum(rows[name] for name in each)
+        names = dict.fromkeys(name for told in each.values() for name in told)
+        whole = {
+            name: sum(told[name] * rows[site] for site, told in each.items()) / total
+            for name in names
+        }
+        return whole, each
+
+    async def _judge(self, site: Site) -> dict[str, float] | None:
+        try:
+            return await site.judge(self.state)
+        except LOST as error:
+            self._network.lose(site.worker, str(error))
+            return None
+
+
+class _Replies:
+    """Replies of a round, in the order of the sites, whatever the order in which they come.
+
+    Of a strategy that needs nothing but their mean, they are added up as they come and not kept, as
+    soon as those before them are there.
+    """
+
+    def __init__(self, strategy: Strategy, order: Sequence[str]) -> None:
+        self._strategy, self._order = strategy, list(order)
+        self._mean = Mean() if isinstance(strategy, MeanStrategy) else None
+        self._waiting: dict[str, Reply] = {}
+        self._next = 0
+        self.count = 0
+
+    def add(self, reply: Reply) -> None:
+        """One more."""
+        self._waiting[reply.site] = reply
+        self.count += 1
+        while self._next < len(self._order) and self._order[self._next] in self._waiting:
+            self._sum_up(self._order[self._next])
+            self._next += 1
+
+    def _sum_up(self, site: str) -> None:
+        if self._mean is not None and isinstance(self._strategy, MeanStrategy):
+            reply = self._waiting.pop(site)
+            self._mean.add(reply.state, self._strategy.weight(reply.rows))
+
+    def aggregate(
+        self, state: State, memory: Memory, buffers: frozenset[str]
+    ) -> tuple[State, Memory]:
+        """The next model and memory."""
+        places = {site: place for place, site in enumerate(self._order)}
+        rest = sorted(self._waiting, key=lambda site: (places.get(site, len(places)), site))
+        if self._mean is None or not isinstance(self._strategy, MeanStrategy):
+            replies = [self._waiting[site] for site in rest]
+            return self._strategy.aggregate(state, memory, replies, buffers)
+        for site in rest:
+            self._sum_up(site)
+        return self._strategy.conclude(state, memory, self._mean.result(), buffers)
+
+
+def _check(reply: Reply, number: int) -> None:
+    for name, value in reply.state.items():
+        if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all()):
+            bad = int((~value.isfinite()).sum())
+            raise UpdateRejected(
+                number,
+                reply.site,
+                f"{bad} of {value.numel()} values of {name!r} are not finite; a smaller learning "
+                "rate or clipping may help",
+            )
+
+
+def _record(report: Report, staleness: int) -> SiteRound:
+    return SiteRound(
+        report.reply.site,
+        rows=report.reply.rows,
+        steps=report.reply.steps,
+        loss=report.loss,
+        seconds=report.seconds,
+        bytes_up=report.bytes_up,
+        bytes_down=report.bytes_down,
+        staleness=staleness,
+    )
+
+
+def _mean_loss(told: Sequence[SiteRound]) -> float:
+    used = [each for each in told if each.outcome == "used"]
+    rows = sum(each.rows for each in used)
+    return sum(each.loss * each.rows for each in used) / rows if rows else math.nan

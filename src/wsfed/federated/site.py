@@ -1,0 +1,209 @@
+"""One data set on one worker, as training sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wsfed.errors import FederatedError
+from wsfed.federated.recipe import Recipe
+from wsfed.federated.replica import Replica
+from wsfed.federated.strategies.strategy import LocalTerms, Reply, State, Strategy
+
+__all__ = ["Report", "Site"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a site did in a round.
+
+    Attributes:
+        reply: for the strategy.
+        loss: mean over the batches that it trained on, weighted by rows.
+        seconds: from the first command to the last byte of the answer.
+        bytes_up: to the worker.
+        bytes_down: from it.
+    """
+
+    reply: Reply
+    loss: float
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+class Site:
+    """A data set, and the replica of the model that is trained on it.
+
+    Sites of one worker share its replica, so they take turns.
+
+    Args:
+        name: who this is.
+        dataset: rows to train on.
+        validation: rows to evaluate on.
+        replica: on the worker of both.
+        turns: held while the replica is in use.
+        recipe: how to train.
+
+    Attributes:
+        rows: to train on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: Any,
+        validation: Any,
+        replica: Replica,
+        turns: asyncio.Lock,
+        recipe: Recipe,
+    ) -> None:
+        self.name, self.rows = name, len(dataset)
+        self.validation_rows = 0 if validation is None else len(validation)
+        self._dataset, self._validation = dataset, validation
+        self._replica, self._turns, self._recipe = replica, turns, recipe
+
+    @property
+    def kinds(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of a row, of each field that is used."""
+        fields = self._dataset.fields
+        wanted = fields if self._recipe.fields is None else self._recipe.fields
+        return [(name, fields[name].dtype, fields[name].shape[1:]) for name in wanted]
+
+    def check_fields(self) -> None:
+        """Whether the fields that are wanted are there.
+
+        Raises:
+            FederatedError: one is not.
+        """
+        fields = self._dataset.fields
+        for name in self._recipe.fields or ():
+            if name not in fields:
+                known = ", ".join(map(repr, fields))
+                raise FederatedError(
+                    f"the rows of {self.name!r} have no field {name!r}; they have {known}"
+                )
+
+    @property
+    def told(self) -> str:
+        """The kinds for people."""
+        return ", ".join(
+            f"{name}: {str(dtype).removeprefix('torch.')}{list(shape)}"
+            for name, dtype, shape in self.kinds
+        )
+
+    @property
+    def worker(self) -> Any:
+        """The worker that has the rows."""
+        return self._replica.worker
+
+    async def train(
+        self,
+        state: State,
+        terms: LocalTerms,
+        round: int,
+        strategy: Strategy,
+        progress: Callable[[str, Any], None] | None = None,
+    ) -> Report:
+        """Train the model from these values on, on the worker.
+
+        Args:
+            state: values to begin with.
+            terms: what is added to the loss.
+            round: from 1.
+            strategy: tells what is wanted back.
+            progress: told of each batch.
+
+        Raises:
+            WsfedError: the worker is lost, or an operation failed there.
+        """
+        async with self._turns:
+            begun, before = time.perf_counter(), self.worker.traffic
+            replica = self._replica
+            replica.give(state, terms)
+            self.worker.manual_seed(self._recipe.draws(self.name, round))
+            loss_before = await self._loss_of_rows() if strategy.wants_loss_before else None
+            replica.model.train()
+            if strategy.wants_gradients:
+                run, asked = self._dataset.run(replica.slope(self.rows), **self._whole()), None
+            else:
+                run, asked = self._dataset.run(replica.step, **self._batches(round)), replica.ask()
+            losses = await _finished(run, asked, self.name, progress)
+            values = await (asked if asked is not None else replica.ask_slope())
+            after = self.worker.traffic
+            reply = Reply(
+                self.name,
+                replica.named(values),
+                self.rows,
+                steps=len(losses),
+                loss_before=loss_before,
+            )
+            mean = self._mean(losses, self.rows)
+            return Report(
+                reply, mean, time.perf_counter() - begun, after[0] - before[0], after[1] - before[1]
+            )
+
+    async def judge(self, state: State) -> dict[str, float]:
+        """Loss and metrics over the rows to evaluate on, weighted by rows.
+
+        Raises:
+            WsfedError: the worker is lost, or an operation failed there.
+        """
+        async with self._turns:
+            self._replica.give(state, LocalTerms())
+            return await self._judged(self._validation)
+
+    async def _loss_of_rows(self) -> float:
+        return (await self._judged(self._dataset))["loss"]
+
+    async def _judged(self, dataset: Any) -> dict[str, float]:
+        self._replica.model.eval()
+        size = min(len(dataset), max(self._recipe.batch_size or len(dataset), 256))
+        found: Mapping[str, torch.Tensor] = await dataset.run(
+            self._replica.judge, batch_size=size, fields=self._recipe.fields
+        )
+        return {name: self._mean(values, len(dataset), size) for name, values in found.items()}
+
+    def _batches(self, round: int) -> dict[str, Any]:
+        recipe = self._recipe
+        return {
+            "batch_size": min(recipe.batch_size or self.rows, self.rows),
+            "epochs": recipe.epochs,
+            "shuffle": recipe.shuffle,
+            "seed": recipe.orders(self.name, round),
+            "drop_last": recipe.drop_last,
+            "fields": recipe.fields,
+        }
+
+    def _whole(self) -> dict[str, Any]:
+        size = min(self._recipe.batch_size or self.rows, self.rows)
+        return {"batch_size": size, "fields": self._recipe.fields}
+
+    def _mean(self, values: torch.Tensor, rows: int, size: int | None = None) -> float:
+        """Over batches, weighted by their rows."""
+        size = min(size or self._recipe.batch_size or rows, rows)
+        each = [size] * (rows // size) + ([rows % size] if rows % size else [])
+        weights = torch.tensor(each * -(-len(values) // len(each)), dtype=torch.float64)
+        weights = weights[: len(values)]
+        return float((values * weights).sum() / weights.sum())
+
+
+async def _finished(
+    run: Any, asked: Any, name: str, progress: Callable[[str, Any], None] | None
+) -> torch.Tensor:
+    """The losses of a run; if it fails, nobody asks for its values."""
+    try:
+        if progress is not None:
+            async for each in run:
+                progress(name, each)
+        losses: torch.Tensor = await run
+    except BaseException:
+        if asked is not None:
+            asked.cancel()
+        raise
+    return losses

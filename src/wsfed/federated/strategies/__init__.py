@@ -1,0 +1,1 @@
+"""How replies of workers become the next model: one algorithm a file."""

@@ -1,0 +1,224 @@
+"""Workers that are slow, or gone, cost a round its deadline at most, and training goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import wsfed
+from wsfed import federated
+from wsfed.testing import worker_process
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+ARGUMENTS: Any = ("points", F.cross_entropy, SGD)
+
+
+def points(rows: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 4, generator=generator)
+    return {"x": x, "y": (x.sum(1) > 0).long()}
+
+
+@pytest.fixture
+async def eight() -> AsyncIterator[list[str]]:
+    """URLs of eight nodes in this process."""
+    async with AsyncExitStack() as stack:
+        urls = []
+        for number in range(8):
+            data = wsfed.Dataset("points", points(64, number))
+            node = await stack.enter_async_context(wsfed.Node(f"node-{number}", datasets=[data]))
+            urls.append(await stack.enter_async_context(node.listen()))
+        yield urls
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+    file = tmp_path_factory.mktemp("data") / "points.npz"
+    np.savez(file, **{name: value.numpy() for name, value in points(64, 9).items()})
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(worker_process("--id", name, "--dataset", f"points={file}"))
+            for name in ("killed", "slow")
+        ]
+
+
+class _Struck(federated.Callback):
+    """In the middle of round 2 one worker is killed, and one stands still until round 4."""
+
+    def __init__(self, killed: int, slow: int) -> None:
+        self.killed, self.slow = killed, slow
+        self.round = 0
+
+    def round_begins(self, number: int, sites: list[str]) -> None:
+        self.round = number
+        if number == 4:
+            os.kill(self.slow, signal.SIGCONT)
+
+    def batch_done(self, site: str, progress: wsfed.Progress) -> None:
+        if self.round == 2 and progress.done == 1:
+            if site == "killed":
+                os.kill(self.killed, signal.SIGKILL)
+            if site == "slow":
+                os.kill(self.slow, signal.SIGSTOP)
+
+
+@pytest.mark.processes
+async def test_of_ten_workers_one_is_killed_and_one_slow(
+    eight: list[str], two_processes: list[dict[str, Any]]
+) -> None:
+    urls = [*eight, *(each["url"] for each in two_processes)]
+    workers = [partial(wsfed.connect, url, reconnect=0.2) for url in urls]
+    struck = _Struck(*(each["pid"] for each in two_processes))
+    model = nn.Linear(4, 2)
+    try:
+        history = await federated.fit(
+            *(model, workers, *ARGUMENTS),
+            rounds=5,
+            local_epochs=60,
+            deadline=4.0,
+            min_workers=8,
+            callbacks=[struck],
+        )
+    finally:
+        os.kill(struck.slow, signal.SIGCONT)
+    outcomes = [{site.site: site.outcome for site in each.sites} for each in history]
+    assert set(outcomes[0].values()) == {"used"}
+    assert len(outcomes[0]) == 10
+    assert "lost" in outcomes[1]["killed"]
+    assert outcomes[1]["slow"] == "late"
+    assert outcomes[2] == {name: "used" for name in outcomes[2] if name != "slow"} | {
+        "slow": "late"
+    }
+    assert "killed" not in outcomes[2]
+    assert outcomes[4]["slow"] == "used"  # it has caught up
+    assert all(each.seconds < 6 for each in history)
+    assert history[-1].loss < history[0].loss
+
+
+async def test_too_few_replies_end_training_in_time(eight: list[str]) -> None:
+    model = nn.Linear(4, 2)
+    begun = time.monotonic()
+    with pytest.raises(wsfed.TooFewSites) as caught:
+        await federated.fit(
+            *(model, [partial(wsfed.connect, url) for url in eight[:3]], *ARGUMENTS),
+            rounds=2,
+            local_epochs=100_000,
+            deadline=0.5,
+            min_workers=2,
+        )
+    assert time.monotonic() - begun < 30
+    assert caught.value.missing == {f"node-{number}": "late" for number in range(3)}
+    assert (caught.value.round, caught.value.replied, caught.value.needed) == (1, 0, 2)
+
+
+async def test_a_round_closes_with_the_replies_it_wants(eight: list[str]) -> None:
+    history = await federated.fit(
+        *(nn.Linear(4, 2), [partial(wsfed.connect, url) for url in eight], *ARGUMENTS),
+        rounds=3,
+        sampler=federated.Uniform(count=4, extra=0.5),
+    )
+    for each in history:
+        assert len(each.sites) == 6
+        assert sum(site.outcome == "used" for site in each.sites) >= 4
+        assert {site.outcome for site in each.sites} <= {"used", "spare"}
+
+
+async def test_late_replies_count_in_a_later_round() -> None:
+    """Of two sites one has a hundred times the rows."""
+    data = [wsfed.Dataset("points", points(rows, 0)) for rows in (64, 6400)]
+    async with (
+        wsfed.VirtualWorker("quick", datasets=data[:1]) as quick,
+        wsfed.VirtualWorker("slow", datasets=data[1:]) as slow,
+    ):
+        warm = await federated.fit(*(nn.Linear(4, 2), [quick, slow], *ARGUMENTS), rounds=2)
+        needs = {site.site: site.seconds for site in warm[1].sites}
+        history = await federated.fit(
+            *(nn.Linear(4, 2), [quick, slow], *ARGUMENTS),
+            rounds=40,
+            deadline=needs["slow"] / 3,
+            late="keep",
+        )
+    late = [site for each in history for site in each.sites if site.site == "slow"]
+    assert any(site.outcome == "used" and site.staleness > 0 for site in late)
+    assert all(site.outcome == "used" for site in late)
+
+
+class _Ending(federated.Callback):
+    """In the middle of round 2 a node ends."""
+
+    def __init__(self, node: AsyncExitStack) -> None:
+        self.node = node
+        self.round = 0
+        self.task: asyncio.Task[None] | None = None
+
+    def round_begins(self, number: int, sites: list[str]) -> None:
+        self.round = number
+
+    def batch_done(self, site: str, progress: wsfed.Progress) -> None:
+        if self.round == 2 and site == "alice" and self.task is None:
+            self.task = asyncio.create_task(self.node.aclose())
+
+
+async def test_what_was_lost_is_opened_again(eight: list[str]) -> None:
+    async def start(stack: AsyncExitStack) -> str:
+        data = wsfed.Dataset("points", points(64, 0))
+        node = await stack.enter_async_context(wsfed.Node("alice", datasets=[data]))
+        return await stack.enter_async_context(node.listen())
+
+    async with AsyncExitStack() as first, AsyncExitStack() as second:
+        urls = [await start(first), await start(second)]
+        opened: list[str] = []
+
+        @asynccontextmanager
+        async def alice() -> AsyncIterator[wsfed.Worker]:
+            opened.append(urls[len(opened)])
+            async with wsfed.connect(opened[-1], reconnect=0) as worker:
+                yield worker
+
+        ending = _Ending(first)
+        history = await federated.fit(
+            *(nn.Linear(4, 2), [partial(wsfed.connect, eight[0]), alice], *ARGUMENTS),
+            rounds=4,
+            local_epochs=40,
+            callbacks=[ending],
+        )
+        assert ending.task is not None
+        await ending.task
+    outcomes = [{site.site: site.outcome for site in each.sites} for each in history]
+    assert outcomes[0] == outcomes[2] == outcomes[3] == {"alice": "used", "node-0": "used"}
+    assert "lost" in outcomes[1]["alice"]
+    assert opened == urls
+
+
+async def test_what_stays_lost_is_named(eight: list[str]) -> None:
+    async with AsyncExitStack() as stack:
+        node = await stack.enter_async_context(
+            wsfed.Node("alice", datasets=[wsfed.Dataset("points", points(64, 0))])
+        )
+        alice = await stack.enter_async_context(node.listen())
+        with pytest.raises(wsfed.TooFewSites, match=r"alice.*lost") as caught:
+            await federated.fit(
+                *(
+                    nn.Linear(4, 2),
+                    [partial(wsfed.connect, url, reconnect=0) for url in (alice, eight[0])],
+                ),
+                *ARGUMENTS,
+                rounds=4,
+                local_epochs=40,
+                min_workers=2,
+                callbacks=[_Ending(stack)],
+            )
+    assert caught.value.round == 2
+    assert len(caught.value.history) == 1

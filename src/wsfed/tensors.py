@@ -47,11 +47,11 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def snapshot(tensor: torch.Tensor) -> torch.Tensor:
-    """An independent, contiguous copy in the machine's memory, outside autograd.
+def check_wire(tensor: torch.Tensor) -> None:
+    """Whether a tensor has a wire form.
 
     Raises:
-        PointerError: layout or dtype has no wire form (sparse, quantised, nested, meta).
+        PointerError: layout or dtype has none (sparse, quantised, nested, meta).
     """
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = str(tensor.layout).removeprefix("torch.")
@@ -61,18 +61,36 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
         raise PointerError("a tensor on the meta device has no values to send")
     if tensor.dtype not in DTYPE_NAMES:
         raise PointerError(f"{tensor.dtype} has no wire form")
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    """An independent, contiguous copy in the machine's memory, outside autograd.
+
+    Raises:
+        PointerError: it has no wire form.
+    """
+    check_wire(tensor)
     with torch.no_grad():
         copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         return copy.copy_(tensor.detach())
 
 
-def outgoing(tensor: torch.Tensor) -> Outgoing:
+def outgoing(tensor: torch.Tensor, *, lasting: bool = False) -> Outgoing:
     """A snapshot of ``tensor``, ready to be sent.
+
+    Args:
+        tensor: what is to be sent.
+        lasting: nobody changes it any more, so it is sent from where it is, if that can be.
 
     Raises:
         PointerError: the tensor has no wire form.
     """
-    copy = snapshot(tensor)
+    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if lasting and is_plain and tensor.is_contiguous() and not tensor.is_conj():
+        check_wire(tensor)
+        copy = tensor.detach()
+    else:
+        copy = snapshot(tensor)
     name = DTYPE_NAMES[copy.dtype]
     if copy.numel() == 0:
         return Outgoing(name, tuple(copy.shape), memoryview(b""))

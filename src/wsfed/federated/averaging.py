@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
 
 __all__ = ["Mean", "weighted_mean"]
+
+#: States that are held before they are summed up.
+_HELD: Final = 2
+#: Elements that are converted at a time, so that they stay in the processor's cache.
+_PART: Final = 2**17
 
 
 def weighted_mean(
@@ -36,19 +42,25 @@ def weighted_mean(
 class Mean:
     """A weighted mean that is added up state by state: what was added need not be kept.
 
+    Args:
+        owns: what is added is given away: the mean may be made in its memory.
+
     Attributes:
         count: states that were added.
         weight: sum of their weights.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, owns: bool = False) -> None:
         self.count = 0
         self.weight = 0.0
+        self._owns = owns
+        #: The first ones as they are: two of them take no more memory than their exact sum.
+        self._held: list[tuple[Mapping[str, torch.Tensor], float]] = []
         self._sums: dict[str, torch.Tensor] = {}
-        self._kinds: dict[str, torch.dtype] = {}
+        self._kinds: dict[str, tuple[torch.dtype, torch.Size]] = {}
 
     def add(self, state: Mapping[str, torch.Tensor], weight: float) -> None:
-        """Add one.
+        """Add one. It must not be changed before :meth:`result`.
 
         Raises:
             ValueError: names, shapes or dtypes differ from those of the first one, or a weight that
@@ -58,24 +70,41 @@ class Mean:
             raise ValueError(f"a weight has to be finite and not negative: {weight}")
         if self.count:
             self._check(state)
-        for name, tensor in state.items():
-            exact = torch.complex128 if tensor.is_complex() else torch.float64
-            if self.count:
-                self._sums[name].add_(tensor.detach().to(exact), alpha=weight)
-            else:
-                self._sums[name] = tensor.detach().to(exact, copy=True).mul_(weight)
-                self._kinds[name] = tensor.dtype
+        else:
+            self._kinds = {name: (each.dtype, each.shape) for name, each in state.items()}
         self.count += 1
         self.weight += weight
+        self._held.append((state, weight))
+        if self.count > _HELD:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        for name, (dtype, shape) in self._kinds.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(shape.numel(), dtype=_exact(dtype))
+            for part, summed in self._parts(self._sums[name]):
+                self._add_to(summed, name, part)
+        self._held.clear()
+
+    @staticmethod
+    def _parts(whole: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """So many elements at a time that they stay in the processor's cache."""
+        for start in range(0, whole.numel(), _PART):
+            yield slice(start, start + _PART), whole[start : start + _PART]
+
+    def _add_to(self, summed: torch.Tensor, name: str, part: slice) -> None:
+        for state, weight in self._held:
+            value = state[name].detach().reshape(-1)[part]
+            summed.add_(value.to(summed.dtype), alpha=weight)
 
     def _check(self, state: Mapping[str, torch.Tensor]) -> None:
-        if odd := sorted(set(state) ^ set(self._sums)):
+        if odd := sorted(set(state) ^ set(self._kinds)):
             raise ValueError(f"state {self.count} and state 0 differ in {', '.join(odd)}")
         for name, tensor in state.items():
-            known, dtype = self._sums[name], self._kinds[name]
-            if tensor.shape != known.shape or tensor.dtype != dtype:
+            dtype, shape = self._kinds[name]
+            if tensor.shape != shape or tensor.dtype != dtype:
                 raise ValueError(
-                    f"{name}: {tensor.dtype}{list(tensor.shape)} and {dtype}{list(known.shape)}"
+                    f"{name}: {tensor.dtype}{list(tensor.shape)} and {dtype}{list(shape)}"
                 )
 
     def result(self) -> dict[str, torch.Tensor]:
@@ -86,10 +115,23 @@ class Mean:
         """
         if not self.weight > 0:
             raise ValueError(f"weights have to be not all 0; {self.count} states were added")
-        mean = {}
-        for name, dtype in self._kinds.items():
-            total = self._sums.pop(name).div_(self.weight)
-            if not dtype.is_floating_point and not dtype.is_complex:
-                total.round_()
-            mean[name] = total.to(dtype)
-        return mean
+        return {name: self._result_of(name) for name in self._kinds}
+
+    def _result_of(self, name: str) -> torch.Tensor:
+        dtype, shape = self._kinds[name]
+        first = self._held[0][0][name] if self._held else None
+        if self._owns and first is not None and first.is_contiguous():
+            mean = first.detach().view(-1)
+        else:
+            mean = torch.empty(shape.numel(), dtype=dtype)
+        total = self._sums.pop(name, None)
+        for part, made in self._parts(mean):
+            exact = torch.zeros(len(made), dtype=_exact(dtype)) if total is None else total[part]
+            self._add_to(exact, name, part)
+            exact.div_(self.weight)
+            made.copy_(exact if dtype.is_floating_point or dtype.is_complex else exact.round_())
+        return mean.view(shape)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,11 +126,15 @@ async def fit(
         dict(metrics or {}),
         seed,
     )
-    closing = Closing(deadline, min_workers, min_fraction, schedule == "async" or late == "keep")
     _check_settings(model, rounds, schedule, strategy, late, evaluate_every, callbacks)
+    keep = schedule == "async" or late == "keep"
+    if keep and not strategy.tolerates_staleness:
+        raise ValueError(f"{strategy.name} takes no late replies: schedule={schedule!r}, {late=}")
+    closing = Closing(deadline, min_workers, min_fraction, keep_late=keep)
     saves = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-    settings = {"strategy": strategy.name, "schedule": schedule, "seed": seed}
-    settings |= {"local_epochs": local_epochs, "batch_size": batch_size}
+    settings: dict[str, Any] = {"strategy": strategy.name, **strategy.settings}
+    settings["schedule"] = schedule
+    settings |= {"seed": seed, "local_epochs": local_epochs, "batch_size": batch_size}
     begin = await asyncio.to_thread(_begin, model, strategy, saves, settings, resume)
     terms = strategy.local_terms(begin.memory, "")
     setup = Setup(dataset, validation, recipe, terms.proximal, isinstance(strategy, Scaffold))
@@ -148,7 +151,7 @@ async def fit(
     )
     try:
         async with (
-            Network(workers, copy.deepcopy(model), setup) as network,
+            Network(workers, model, setup) as network,
             Rounds(
                 network,
                 strategy,
@@ -161,6 +164,7 @@ async def fit(
                 progress=training.batch_done if callbacks else None,
             ) as running,
         ):
+            del begin  # else its values are held as long as training goes on
             await training.run(network, running, saves, settings)
     except FederatedError as error:
         error.history = training.history

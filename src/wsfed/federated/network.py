@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
@@ -86,9 +87,15 @@ class Network:
 
     async def __aenter__(self) -> Network:
         try:
+            # torch's optimizers load its compiler when the first one is made: seconds.
+            loading = asyncio.to_thread(importlib.import_module, "torch._dynamo")
+            async with asyncio.TaskGroup() as group:
+                group.create_task(loading)
+                for place in self._places:
+                    group.create_task(self._connect(place))
             async with asyncio.TaskGroup() as group:
                 for place in self._places:
-                    group.create_task(self._open(place))
+                    group.create_task(self._set_up(place))
             self._compare()
         except BaseException as error:
             await self._close()
@@ -97,13 +104,15 @@ class Network:
             raise
         return self
 
-    async def _open(self, place: _Place) -> None:
+    async def _connect(self, place: _Place) -> None:
         place.stack = AsyncExitStack()
         if hasattr(place.given, "link"):
             place.worker = place.given
             await place.worker.link.opened
         else:
             place.worker = await place.stack.enter_async_context(place.given())
+
+    async def _set_up(self, place: _Place) -> None:
         worker, setup = place.worker, self._setup
         names = _fitting(worker, setup.dataset)
         replica = Replica(worker, self._model, setup.recipe, mu=setup.mu, corrects=setup.corrects)
@@ -186,7 +195,8 @@ class Network:
     async def _reopen(self, place: _Place) -> None:
         try:
             await place.stack.aclose()
-            await self._open(place)
+            await self._connect(place)
+            await self._set_up(place)
         except LOST as error:
             place.lost, place.sites = str(error), []
 

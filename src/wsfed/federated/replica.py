@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Awaitable, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import nn
 from wsfed.federated.recipe import Recipe, measure
 from wsfed.federated.strategies.strategy import LocalTerms, State
 from wsfed.pointers import modules
+from wsfed.pointers.link import link_of
 from wsfed.pointers.plan import Plan
+from wsfed.pointers.pointer import make_sent
 
 __all__ = ["Replica", "buffers_of", "state_of"]
 
@@ -59,7 +62,7 @@ class Replica:
     ) -> None:
         self.worker = worker
         self._recipe, self._mu = recipe, mu
-        self.model: nn.Module = worker.send(copy.deepcopy(model))
+        self.model: nn.Module = modules.send(copy.deepcopy(model), worker, lasting=True)
         self._entries = state_of(self.model)
         buffers = buffers_of(self.model)
         self._trained = {name: e for name, e in self._entries.items() if name not in buffers}
@@ -69,7 +72,9 @@ class Replica:
         self._load, self._load_correction = Plan(self._loaded), Plan(self._corrected)
         self.step, self.judge = Plan(self._stepped), Plan(self._judged)
         self._slopes: dict[int, Plan[..., Any]] = {}
-        self._sent: tuple[State | None, list[Any]] = (None, [])
+        #: The values that were given last, as pointers, and what they can be told by.
+        self._sent: list[Any] = []
+        self._sent_of: Callable[[], torch.Tensor | None] = lambda: None
 
     def _copies(self) -> dict[str, Any]:
         with torch.no_grad():
@@ -79,10 +84,12 @@ class Replica:
 
     def give(self, state: State, terms: LocalTerms) -> None:
         """Set the model to these values, and forget the optimizer's state."""
-        if self._sent[0] is not state:
-            values = [state[name].detach() for name in self._entries]
-            self._sent = (state, self.worker.send(values))
-        self._load(self._sent[1])
+        mark = next(iter(state.values()))
+        if self._sent_of() is not mark:
+            link = link_of(self.worker)
+            self._sent = [make_sent(link, state[n].detach(), lasting=True) for n in self._entries]
+            self._sent_of = weakref.ref(mark)
+        self._load(self._sent)
         if self._correction:
             values = [_local(terms.correction.get(name), e) for name, e in self._correction.items()]
             self._load_correction(self.worker.send(values))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
+
 from wsfed.errors import TooFewSites, UpdateRejected
 from wsfed.federated.averaging import Mean
 from wsfed.federated.history import SiteRound
@@ -301,7 +303,7 @@ class _Replies:
 
     def __init__(self, strategy: Strategy, order: Sequence[str]) -> None:
         self._strategy, self._order = strategy, list(order)
-        self._mean = Mean() if isinstance(strategy, MeanStrategy) else None
+        self._mean = Mean(owns=True) if isinstance(strategy, MeanStrategy) else None
         self._waiting: dict[str, Reply] = {}
         self._next = 0
         self.count = 0
@@ -335,7 +337,7 @@ class _Replies:
 
 def _check(reply: Reply, number: int) -> None:
     for name, value in reply.state.items():
-        if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all()):
+        if not _is_finite(value):
             bad = int((~value.isfinite()).sum())
             raise UpdateRejected(
                 number,
@@ -343,6 +345,15 @@ def _check(reply: Reply, number: int) -> None:
                 f"{bad} of {value.numel()} values of {name!r} are not finite; a smaller learning "
                 "rate or clipping may help",
             )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if not value.is_floating_point() or not value.numel():
+        return True
+    least, most = value.aminmax()  # nan, if there is any; makes no tensor of the same size
+    return math.isfinite(float(least)) and math.isfinite(float(most))
 
 
 def _record(report: Report, staleness: int) -> SiteRound:

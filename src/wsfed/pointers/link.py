@@ -44,9 +44,15 @@ class Link(Protocol):
         """Queue a command in wire form."""
 
     def store(
-        self, id: int, tensor: torch.Tensor, requires_grad: bool, site: Site | None = None
+        self,
+        id: int,
+        tensor: torch.Tensor,
+        requires_grad: bool,
+        site: Site | None = None,
+        *,
+        lasting: bool = False,
     ) -> None:
-        """Queue a tensor, as it is now, to be kept under ``id``."""
+        """Queue a tensor, as it is now, to be kept under ``id``; one that lasts is not copied."""
 
     def define(self, plan: int, packed: bytes, site: Site | None = None) -> None:
         """Queue a recorded program, to be kept under ``plan``."""

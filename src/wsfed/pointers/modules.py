@@ -29,13 +29,14 @@ __all__ = ["copy", "get", "move", "send"]
 _OFF = torch._C.DisableTorchFunctionSubclass
 
 
-def send(value: Any, worker: Any) -> Any:
+def send(value: Any, worker: Any, *, lasting: bool = False) -> Any:
     """Send a tensor, a module, or a list, tuple or dictionary of them. Does not wait.
 
     Args:
         value: a module is sent in place and returned; gradients that are there go along. What is
             on another worker already is moved.
         worker: where to.
+        lasting: a module's values are changed by nobody any more, so they need not be copied.
 
     Raises:
         TypeError: nothing of it can be sent.
@@ -49,7 +50,7 @@ def send(value: Any, worker: Any) -> Any:
             _check_free(tensors)
             _move_in_place(tensors, link)
             for tensor in tensors:
-                _send_in_place(tensor, link)
+                _send_in_place(tensor, link, lasting)
         return value
     if isinstance(value, torch.optim.Optimizer):
         raise TypeError("an optimizer needs no sending: its state follows its parameters")
@@ -212,11 +213,11 @@ def _move_in_place(tensors: list[torch.Tensor], link: Link) -> None:
         _swap(each, arrived[id(each)])
 
 
-def _send_in_place(tensor: torch.Tensor, link: Link) -> None:
+def _send_in_place(tensor: torch.Tensor, link: Link, lasting: bool) -> None:
     if isinstance(tensor, Pointer):
         return
     with torch.no_grad():
-        pointer = make_sent(link, tensor)
+        pointer = make_sent(link, tensor, lasting=lasting)
     _swap(tensor, _with_grad(pointer, tensor.grad, link))
 
 

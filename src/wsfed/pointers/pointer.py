@@ -417,10 +417,13 @@ def transfer(pointers: Sequence[Pointer], to: Link) -> list[Pointer]:
     return made
 
 
-def make_sent(link: Link, tensor: torch.Tensor) -> Pointer:
-    """Send a local tensor; the pointer to it is a leaf with the same ``requires_grad``."""
+def make_sent(link: Link, tensor: torch.Tensor, *, lasting: bool = False) -> Pointer:
+    """Send a local tensor; the pointer to it is a leaf with the same ``requires_grad``.
+
+    One that lasts is never changed any more, so it need not be copied.
+    """
     id = link.new_id()
-    link.store(id, tensor, tensor.requires_grad, capture_site())
+    link.store(id, tensor, tensor.requires_grad, capture_site(), lasting=lasting)
     return make_pointer(link, id, tensor.shape, tensor.dtype, requires_grad=tensor.requires_grad)
 
 

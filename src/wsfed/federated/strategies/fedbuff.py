@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from wsfed.federated.averaging import weighted_mean
-from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
+from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy, exact
 
 __all__ = ["FedBuff"]
 
@@ -14,11 +14,11 @@ __all__ = ["FedBuff"]
 class FedBuff(Strategy):
     """So many updates make one step of the server (algorithm 1 of the paper).
 
-    ``w = w + lr * sum(s_k * (w_k - w_t(k))) / size`` with ``s_k = (1 + staleness) ** -0.5``, where
+    ``w = w + lr * mean(s_k * (w_k - w_t(k)))`` with ``s_k = (1 + staleness) ** -0.5``, where
     ``w_t(k)`` is the model that the site began with. Buffers become the mean of those reported.
 
     Args:
-        size: updates that make a step.
+        size: updates that make a step, at least.
         lr: learning rate of the server.
 
     Raises:
@@ -43,10 +43,10 @@ class FedBuff(Strategy):
         for name in state:
             if name in buffers:
                 continue
-            value = state[name].double()
+            value = exact(state[name])
             for reply in replies:
                 given = state if reply.given is None else reply.given
-                change = reply.state[name].double() - given[name].double()
+                change = exact(reply.state[name]) - exact(given[name])
                 value = value + self.lr / len(replies) * (1 + reply.staleness) ** -0.5 * change
             following[name] = value.to(state[name].dtype)
         return following, memory

@@ -26,11 +26,15 @@ class FedOpt(MeanStrategy):
 
     Args:
         optimizer: makes one of parameters.
+
+    Attributes:
+        optimizer: what it is called.
     """
 
     def __init__(self, optimizer: ServerOptimizer) -> None:
-        self._optimizer = optimizer
-        optimizer([torch.zeros(1, requires_grad=True)])  # what it is set to is checked now
+        self._make = optimizer
+        # What it is set to is checked now.
+        self.optimizer = type(optimizer([torch.zeros(1, requires_grad=True)])).__name__
 
     def step(self, state: State, memory: Memory, mean: State) -> tuple[State, Memory]:
         """One step with the gradient ``w - mean(w_k)``; the optimizer's state is the memory."""
@@ -45,7 +49,7 @@ class FedOpt(MeanStrategy):
             gradient: of the same names as ``state``.
         """
         parameters = {name: value.detach().clone() for name, value in state.items()}
-        optimizer = self._optimizer(parameters.values())
+        optimizer = self._make(parameters.values())
         for name, parameter in parameters.items():
             parameter.grad = gradient[name]
             optimizer.state[parameter].update(_own(memory, name))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from wsfed.federated.averaging import weighted_mean
-from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
+from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy, exact
 
 __all__ = ["QFedAvg"]
 
@@ -47,20 +47,34 @@ class QFedAvg(Strategy):
         replies: Sequence[Reply],
         buffers: Collection[str] = (),
     ) -> tuple[State, Memory]:
-        """See the class."""
+        """See the class.
+
+        Raises:
+            ValueError: a site's loss is not finite.
+        """
         trained = [name for name in state if name not in buffers]
+        losses = [_loss_of(reply) for reply in replies]
+        worst = max(losses)
         factors, total = [], 0.0
-        for reply in replies:
-            assert reply.loss_before is not None
-            loss = max(reply.loss_before, 0.0) + 1e-10  # as the authors' code has it
-            changes = [state[name].double() - reply.state[name].double() for name in trained]
-            square = self.lipschitz**2 * sum(float(each.square().sum()) for each in changes)
-            factors.append(loss**self.q * self.lipschitz)
-            total += self.q * loss ** (self.q - 1) * square + self.lipschitz * loss**self.q
+        for reply, loss in zip(replies, losses, strict=True):
+            # F ** q and q * F ** (q - 1), both divided by the worst loss's power: it cancels.
+            power = (loss / worst) ** self.q
+            changes = [exact(state[name]) - exact(reply.state[name]) for name in trained]
+            square = self.lipschitz**2 * sum(float(e.abs().square().sum()) for e in changes)
+            factors.append(power * self.lipschitz)
+            total += power * (self.q * square / loss + self.lipschitz)
         following = weighted_mean([each.state for each in replies], [each.rows for each in replies])
         for name in trained:
-            value = state[name].double()
+            value = start = exact(state[name])
             for factor, reply in zip(factors, replies, strict=True):
-                value = value - factor / total * (state[name].double() - reply.state[name].double())
+                value = value - factor / total * (start - exact(reply.state[name]))
             following[name] = value.to(state[name].dtype)
         return following, memory
+
+
+def _loss_of(reply: Reply) -> float:
+    """A positive number, as the authors' code has it."""
+    loss = reply.loss_before
+    if loss is None or not math.isfinite(loss):
+        raise ValueError(f"{reply.site} reports a loss of {loss}, which is not finite")
+    return max(loss, 0.0) + 1e-10

@@ -35,6 +35,8 @@ class Scaffold(Strategy):
         ValueError: an argument is not positive.
     """
 
+    tolerates_staleness = False
+
     def __init__(self, lr: float, sites: int, *, server_lr: float = 1.0) -> None:
         if not (lr > 0 and sites > 0 and server_lr > 0):
             raise ValueError(f"they have to be positive: {lr=}, {sites=}, {server_lr=}")
@@ -63,7 +65,9 @@ class Scaffold(Strategy):
             for reply in replies:
                 key = f"c of {reply.site}/{name}"
                 own = memory.get(key, torch.zeros_like(value))
-                kept[key] = own - c + (value - reply.state[name]) / (reply.steps * self.lr)
+                kept[key] = own
+                if reply.steps:
+                    kept[key] = own - c + (value - reply.state[name]) / (reply.steps * self.lr)
                 moved += reply.state[name] - value
                 turned += kept[key] - own
             following[name] = value + self.server_lr * moved / len(replies)

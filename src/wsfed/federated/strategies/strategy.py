@@ -11,7 +11,7 @@ import torch
 
 from wsfed.federated.averaging import weighted_mean
 
-__all__ = ["LocalTerms", "MeanStrategy", "Memory", "Reply", "State", "Strategy"]
+__all__ = ["LocalTerms", "MeanStrategy", "Memory", "Reply", "State", "Strategy", "exact"]
 
 #: Values of a model by name, as ``module.state_dict()`` has them.
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -63,12 +63,14 @@ class Strategy(ABC):
         wants_gradients: sites report the gradient of the mean loss over their rows at the model
             they were given, and train nothing.
         wants_loss_before: sites also report the loss of the model that they were given.
+        tolerates_staleness: a reply may come in a later round than that of the model it began with.
         tolerates_garbage: a reply may hold anything, such as nan; else it ends training.
         min_replies: fewer replies than that cannot be aggregated.
     """
 
     wants_gradients: bool = False
     wants_loss_before: bool = False
+    tolerates_staleness: bool = True
     tolerates_garbage: bool = False
     min_replies: int = 1
 
@@ -88,6 +90,11 @@ class Strategy(ABC):
     def local_terms(self, memory: Memory, site: str) -> LocalTerms:
         """What a site adds to its local training in this round."""
         return LocalTerms()
+
+    @property
+    def settings(self) -> dict[str, int | float | str | bool]:
+        """What it is set to, in numbers and words; a resumed training compares it."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
 
     @abstractmethod
     def aggregate(
@@ -153,6 +160,11 @@ class MeanStrategy(Strategy):
         weights = [self.weight(reply.rows) for reply in replies]
         mean = weighted_mean([reply.state for reply in replies], weights)
         return self.conclude(state, memory, mean, buffers)
+
+
+def exact(value: torch.Tensor) -> torch.Tensor:
+    """In float64, or complex128."""
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 def _without(state: State, names: Collection[str]) -> State:

@@ -17,6 +17,7 @@ import typer.main
 
 import wsfed
 from wsfed import cli, errors, federated, syft, sync, testing
+from wsfed.privacy import roster
 from wsfed.protocol import codec, limits, session, stream
 from wsfed.protocol import messages as m
 
@@ -129,6 +130,7 @@ def reference() -> str:
         ("wsfed", wsfed),
         ("wsfed.federated", federated),
         ("wsfed.federated.partition", federated.partition),
+        ("wsfed.privacy.roster", roster),
         ("wsfed.sync", sync),
         ("wsfed.syft", syft),
         ("wsfed.testing", testing),

@@ -23,6 +23,7 @@
     │   └── ConstantTooLarge        a local tensor too large to travel along with an operation
     ├── DatasetError            a data file is missing, malformed or unusable
     └── FederatedError          federated training cannot go on; the model is that of the last round
+        ├── SecAggAborted           a round of secure aggregation came to no sum; nothing was learnt
         ├── TooFewSites             a round was closed with fewer replies than it needs
         └── UpdateRejected          what a site reported cannot be used
 
@@ -53,6 +54,7 @@ __all__ = [
     "QuotaExceeded",
     "RemoteError",
     "RemoteProtocolError",
+    "SecAggAborted",
     "SessionLost",
     "TooFewSites",
     "UpdateRejected",
@@ -305,6 +307,21 @@ class FederatedError(WsfedError):
         self.reason = reason
         self.history: Any = None
         super().__init__(reason)
+
+
+class SecAggAborted(FederatedError):
+    """A round of secure aggregation came to no sum. Nothing was learnt of any member's values.
+
+    Attributes:
+        round: which.
+        missing: members that were there before and did not do the step that failed.
+    """
+
+    def __init__(self, round: int, reason: str, missing: Sequence[str] = ()) -> None:
+        self.round, self.missing = round, tuple(missing)
+        told = f" (missing: {', '.join(missing)})" if missing else ""
+        super().__init__(f"secure aggregation, round {round}: {reason}{told}")
+        self.reason = reason
 
 
 class TooFewSites(FederatedError):

@@ -7,7 +7,8 @@ to 64 bytes as torch aligns, because the matrix kernels promise equal bits only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -17,7 +18,10 @@ from wsfed.errors import PointerError
 from wsfed.protocol.codec import ITEM_SIZES, Outgoing
 from wsfed.protocol.stream import Incoming
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "allocate", "describe", "incoming", "outgoing", "snapshot"]
+__all__ = [
+    *("DTYPES", "DTYPE_NAMES", "allocate", "describe", "hash_of", "incoming", "outgoing"),
+    "snapshot",
+]
 
 #: torch's dtype by its name on the wire.
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
@@ -73,6 +77,17 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         return copy.copy_(tensor.detach())
+
+
+def hash_of(tensors: Sequence[torch.Tensor]) -> bytes:
+    """SHA-256 of dtypes, shapes and values: what a model is, to those who were given it."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        if plain.numel():
+            found.update(plain.view(torch.uint8).numpy().data)
+    return found.digest()
 
 
 def outgoing(tensor: torch.Tensor, *, lasting: bool = False) -> Outgoing:

@@ -51,6 +51,7 @@ EXAMPLES: list[m.Message] = [
     m.Clone(1, 10),
     m.Define(11, 0),
     m.Run(11, [1, 2], [0.1], [12]),
+    m.SecAgg(7, 2, "digits", [11, 12], [1, 2], 0),
     m.RunOver(7, "digits", ["x", "y"], 0, 32, 4, [[11, 8, [0, -1, 1], 1, [0]]], 0, [0], None),
     m.TensorReply(1, 0, False),
     m.ValueReply(2, {"shape": [2]}),

@@ -1,4 +1,4 @@
-"""The command line: ``wsfed worker``, ``wsfed status``, ``wsfed demo``.
+"""The command line: ``wsfed worker``, ``status``, ``demo``, ``keygen``, ``roster``.
 
 Exit codes: 0 success, 1 it did not work (the reason is on stderr), 2 wrong usage.
 """
@@ -11,6 +11,7 @@ import typer
 
 import wsfed
 from wsfed.cli.demo import demo
+from wsfed.cli.roster import keygen, roster
 from wsfed.cli.status import status
 from wsfed.cli.worker import worker
 
@@ -44,6 +45,8 @@ def _root(
 app.command()(worker)
 app.command()(status)
 app.command()(demo)
+app.command()(keygen)
+app.command()(roster)
 
 
 def main() -> None:

@@ -16,9 +16,12 @@ import ssl as ssl_module
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from wsfed.privacy.roster import Membership
 
 __all__ = ["parse_size", "worker"]
 
@@ -30,6 +33,9 @@ Examples:
   wsfed worker --id clinic --dataset scans=scans.npz --max-memory 8GB
 
   wsfed worker --port 0 --json        # any free port, told as one line of JSON
+
+  wsfed worker --id alice --roster clinics.json --roster-owner 4b1e… --key alice.key \\
+      --journal alice.journal
 
   wsfed worker --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token.txt
 """
@@ -76,6 +82,16 @@ def worker(
     direct: Annotated[
         bool, typer.Option(help="Take tensors to other workers when a client asks for it.")
     ] = True,
+    roster: Annotated[
+        Path | None, typer.Option(help="Take part in secure aggregation with these members.")
+    ] = None,
+    roster_owner: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Public key that has signed the roster.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="This worker's key (wsfed keygen).")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="File that notes the rounds it has taken part in.")
+    ] = None,
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
     ] = False,
@@ -100,7 +116,11 @@ def worker(
         _usage(refusal)
     if not id.strip():
         _usage("--id needs a name")
-    node = _node(id, dataset or [], open or [], device, max_memory, threads, token_file, direct)
+    membership = _membership(id, roster, roster_owner, key, journal)
+    node = _node(
+        *(id, dataset or [], open or [], device, max_memory, threads, token_file, direct),
+        membership,
+    )
     ssl = _tls(tls_cert, tls_key)
     try:
         idle = asyncio.run(_serve(node, host, port, ssl, as_json, until_eof))
@@ -125,6 +145,7 @@ def _node(
     threads: int | None,
     token_file: Path | None,
     direct: bool,
+    membership: Membership | None,
 ) -> object:
     import torch
 
@@ -154,7 +175,30 @@ def _node(
         _fail(str(error))
     token = _token(token_file) if token_file else None
     size = parse_size(max_memory) if max_memory else None
-    return Node(id, datasets=loaded, device=device, max_memory=size, token=token, direct=direct)
+    return Node(
+        id,
+        datasets=loaded,
+        device=device,
+        max_memory=size,
+        token=token,
+        direct=direct,
+        membership=membership,
+    )
+
+
+def _membership(
+    id: str, roster: Path | None, owner: str | None, key: Path | None, journal: Path | None
+) -> Membership | None:
+    if roster is None and owner is None and key is None and journal is None:
+        return None
+    if roster is None or owner is None or key is None or journal is None:
+        _usage("--roster, --roster-owner, --key and --journal go together")
+    from wsfed.cli.roster import membership_of
+
+    try:
+        return membership_of(id, roster, owner, key, journal)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
 
 
 def _token(file: Path) -> str:

@@ -36,7 +36,11 @@ def check_tensor(
         RemoteProtocolError: it may not.
     """
     floating = "float" in received.dtype or "complex" in received.dtype
-    if command != m.Get.code or (requires_grad and not floating):
+    if command == m.SecAgg.code and (
+        requires_grad or received.dtype not in ("uint8", "int32") or len(received.shape) != 1
+    ):
+        raise _unfit(command)
+    if command not in (m.Get.code, m.SecAgg.code) or (requires_grad and not floating):
         raise _unfit(command)
     if meta is not None and (received.shape, DTYPES[received.dtype]) != (meta.shape, meta.dtype):
         raise RemoteProtocolError(

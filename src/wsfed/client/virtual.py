@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from wsfed.node import Node
 from wsfed.transport.memory import pair
 from wsfed.transport.wire import Wire
 from wsfed.worker.datasets import Dataset
+
+if TYPE_CHECKING:
+    from wsfed.privacy.roster import Membership
 
 __all__ = ["VirtualWorker"]
 
@@ -30,6 +33,7 @@ class VirtualWorker(Worker):
         datasets: what its owner offers.
         device: where its tensors are.
         max_memory: bytes that the tensors of the session may take.
+        membership: in rounds of secure aggregation (:mod:`wsfed.privacy.roster`).
         blocking: which of the two it is to be, if not the one that fits.
     """
 
@@ -40,11 +44,14 @@ class VirtualWorker(Worker):
         datasets: Iterable[Dataset] = (),
         device: str | torch.device = "cpu",
         max_memory: int | None = None,
+        membership: Membership | None = None,
         blocking: bool | None = None,
     ) -> None:
         if blocking is None:
             blocking = not _loop_is_running()
-        self._node = Node(id, datasets=datasets, device=device, max_memory=max_memory)
+        self._node = Node(
+            id, datasets=datasets, device=device, max_memory=max_memory, membership=membership
+        )
         self._serving: set[asyncio.Task[None]] = set()
         self._background = blocking
         self._loop = background.acquire() if blocking else asyncio.get_running_loop()

@@ -18,6 +18,7 @@ from wsfed.federated import partition
 from wsfed.federated.averaging import Mean, weighted_mean
 from wsfed.federated.callbacks import Callback, EarlyStopping
 from wsfed.federated.checkpoint import Checkpoint
+from wsfed.federated.contribution import SecAgg
 from wsfed.federated.fit import fit
 from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.recipe import seed_of
@@ -79,6 +80,7 @@ __all__ = [
     "Round",
     "Sampler",
     "Scaffold",
+    "SecAgg",
     "Selection",
     "SiteRound",
     "Strategy",

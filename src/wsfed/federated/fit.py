@@ -15,6 +15,7 @@ from torch import nn
 from wsfed.errors import FederatedError
 from wsfed.federated.callbacks import Callback
 from wsfed.federated.checkpoint import Checkpoint, Saved
+from wsfed.federated.contribution import SecAgg
 from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.network import Network, Setup
 from wsfed.federated.recipe import Criterion, LocalOptimizer, Metric, Objective, Recipe
@@ -24,7 +25,7 @@ from wsfed.federated.sampling import Everyone, Sampler, Selection
 from wsfed.federated.strategies.fedasync import FedAsync
 from wsfed.federated.strategies.fedavg import FedAvg
 from wsfed.federated.strategies.scaffold import Scaffold
-from wsfed.federated.strategies.strategy import Strategy
+from wsfed.federated.strategies.strategy import MeanStrategy, Strategy
 
 __all__ = ["fit"]
 
@@ -58,6 +59,7 @@ async def fit(
     evaluate: Callable[[nn.Module], Any] | None = None,
     evaluate_every: int = 1,
     callbacks: Sequence[Callback] = (),
+    privacy: SecAgg | None = None,
     checkpoint: Checkpoint | str | Path | None = None,
     resume: bool = False,
 ) -> History:
@@ -99,6 +101,8 @@ async def fit(
         evaluate: of the model after a round, here: a number, or numbers by name; run in a thread.
         evaluate_every: rounds between evaluations; the last round has one.
         callbacks: told of what happens.
+        privacy: ``SecAgg(roster)``: replies are added up by secure aggregation, and nobody sees a
+            single one; what sites change is clipped to the roster's ``bound``.
         checkpoint: a folder, or a :class:`~wsfed.federated.Checkpoint`.
         resume: go on from the newest checkpoint, to the same weights bit for bit; without one,
             begin.
@@ -130,6 +134,8 @@ async def fit(
     keep = schedule == "async" or late == "keep"
     if keep and not strategy.tolerates_staleness:
         raise ValueError(f"{strategy.name} takes no late replies: schedule={schedule!r}, {late=}")
+    if privacy is not None:
+        _check_private(strategy, schedule, keep)
     closing = Closing(deadline, min_workers, min_fraction, keep_late=keep)
     saves = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     settings: dict[str, Any] = {"strategy": strategy.name, **strategy.settings}
@@ -162,6 +168,7 @@ async def fit(
                 buffers_of(model),
                 seed=seed,
                 progress=training.batch_done if callbacks else None,
+                secagg=privacy,
             ) as running,
         ):
             del begin  # else its values are held as long as training goes on
@@ -215,6 +222,17 @@ def _check_settings(
             raise TypeError(f"{each!r} is no wsfed.federated.Callback")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FederatedError("the model has no parameter that requires grad")
+
+
+def _check_private(strategy: Strategy, schedule: str, keep_late: bool) -> None:
+    if not isinstance(strategy, MeanStrategy):
+        raise ValueError(
+            f"secure aggregation gives a mean and no single reply, which {strategy.name} needs"
+        )
+    if schedule != "concurrent" or keep_late:
+        raise ValueError(
+            "secure aggregation is of sites that train at once: schedule='concurrent', late='drop'"
+        )
 
 
 def _begin(

@@ -42,6 +42,10 @@ def _local(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros(like.shape, dtype=like.dtype) if value is None else value.to(like.dtype)
 
 
+def _ids(pointers: Sequence[Any]) -> list[int]:
+    return [each._handle.id for each in pointers]
+
+
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -112,6 +116,18 @@ class Replica:
             ]
         )
         return asked
+
+    def secure_ids(self, step: int, *, gradients: bool) -> tuple[list[int], list[int]]:
+        """What a step of secure aggregation is about: values, and the model that was given."""
+        if step == 0:
+            return [], _ids(self._sent)
+        if step != 2:
+            return [], []
+        if gradients:
+            return _ids([_gradient(each) for each in self._trained.values()]), []
+        pairs = zip(self._entries.values(), self._sent, strict=True)
+        fractional = [(value, given) for value, given in pairs if value.is_floating_point()]
+        return _ids([value for value, _ in fractional]), _ids([given for _, given in fractional])
 
     def ask(self) -> Awaitable[Sequence[torch.Tensor]]:
         """The values, in the order of :func:`state_of`. The request has left."""

@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from wsfed.errors import TooFewSites, UpdateRejected
 from wsfed.federated.averaging import Mean
+from wsfed.federated.contribution import SecAgg
 from wsfed.federated.history import SiteRound
 from wsfed.federated.network import LOST, Network
 from wsfed.federated.sampling import Sampler, Selection
@@ -25,6 +26,10 @@ from wsfed.federated.strategies.strategy import (
     State,
     Strategy,
 )
+from wsfed.tensors import hash_of
+
+if TYPE_CHECKING:
+    from wsfed.federated.secure import SecureRounds
 
 __all__ = ["Closing", "Rounds", "Trained"]
 
@@ -105,6 +110,7 @@ class Rounds:
         buffers: names of what is not trained.
         seed: of the sampler.
         progress: told of each batch.
+        secagg: that replies are added up by secure aggregation.
 
     Attributes:
         state: of the model now.
@@ -123,7 +129,9 @@ class Rounds:
         *,
         seed: int,
         progress: Callable[[str, Any], None] | None,
+        secagg: SecAgg | None = None,
     ) -> None:
+        self._secure = None if secagg is None else _secure_rounds(secagg)
         self.state, self.memory = state, memory
         self._network, self._strategy, self._sampler = network, strategy, sampler
         self._closing, self._buffers, self._seed = closing, buffers, seed
@@ -156,10 +164,52 @@ class Rounds:
         replies = _Replies(self._strategy, selection.chosen)
         told = await self._collect(number, selection, replies)
         await self._check_enough(number, selection, replies, told)
-        self.state, self.memory = await asyncio.to_thread(
-            replies.aggregate, self.state, self.memory, self._buffers
-        )
+        if self._secure is not None:
+            told = await self._add_up(number, self._secure, told)
+        else:
+            self.state, self.memory = await asyncio.to_thread(
+                replies.aggregate, self.state, self.memory, self._buffers
+            )
         return Trained(_mean_loss(told), told)
+
+    async def _add_up(
+        self, number: int, secure: SecureRounds, told: Sequence[SiteRound]
+    ) -> list[SiteRound]:
+        """What is left where replies stay: the mean of them; tells anew what each site did."""
+        strategy = self._strategy
+        assert isinstance(strategy, MeanStrategy)
+        used = {each.site for each in told if each.outcome == "used"}
+        sites = {site.name: site.contributor(strategy) for site in self._network.sites}
+        contributors = {name: each for name, each in sites.items() if name in used}
+        names = [
+            name
+            for name, value in self.state.items()
+            if value.is_floating_point()
+            and not (strategy.wants_gradients and name in self._buffers)
+        ]
+        length = sum(self.state[name].numel() for name in names)
+        model = await asyncio.to_thread(hash_of, list(self.state.values()))
+        made = await secure.mean(number, list(contributors.values()), length, model)
+        self.state, self.memory = await asyncio.to_thread(
+            self._conclude, strategy, names, made.mean
+        )
+        lost = {name: made.lost.get(each.name, "") for name, each in contributors.items()}
+        return [
+            replace(each, outcome=lost[each.site]) if lost.get(each.site) else each for each in told
+        ]
+
+    def _conclude(
+        self, strategy: MeanStrategy, names: Sequence[str], mean: torch.Tensor
+    ) -> tuple[State, Memory]:
+        whole, place = dict(self.state), 0
+        for name in names:
+            value = self.state[name]
+            part = mean[place : place + value.numel()].view(value.shape)
+            place += value.numel()
+            if not strategy.wants_gradients:
+                part = value.double() + part
+            whole[name] = part.to(value.dtype)
+        return strategy.conclude(self.state, self.memory, whole, self._buffers)
 
     def _sites(self, selection: Selection) -> list[Site]:
         return [site for site in self._network.sites if site.name in selection.chosen]
@@ -171,7 +221,10 @@ class Rounds:
 
     async def _train(self, site: Site, state: State, terms: LocalTerms, number: int) -> _Outcome:
         try:
-            report = await site.train(state, terms, number, self._strategy, self._progress)
+            report = await site.train(
+                *(state, terms, number, self._strategy, self._progress),
+                fetch=self._secure is None,
+            )
             if not self._strategy.tolerates_garbage:
                 await asyncio.to_thread(_check, report.reply, number)
         except LOST as error:
@@ -333,6 +386,12 @@ class _Replies:
         for site in rest:
             self._sum_up(site)
         return self._strategy.conclude(state, memory, self._mean.result(), buffers)
+
+
+def _secure_rounds(secagg: SecAgg) -> SecureRounds:
+    from wsfed.federated.secure import SecureRounds  # needs cryptography, which is optional
+
+    return SecureRounds(secagg)
 
 
 def _check(reply: Reply, number: int) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from wsfed.errors import FederatedError
+from wsfed.federated.contribution import Contributor
 from wsfed.federated.recipe import Recipe
 from wsfed.federated.replica import Replica
 from wsfed.federated.strategies.strategy import LocalTerms, Reply, State, Strategy
+from wsfed.pointers.link import link_of
+from wsfed.protocol import messages as m
 
 __all__ = ["Report", "Site"]
 
@@ -109,6 +112,8 @@ class Site:
         round: int,
         strategy: Strategy,
         progress: Callable[[str, Any], None] | None = None,
+        *,
+        fetch: bool = True,
     ) -> Report:
         """Train the model from these values on, on the worker.
 
@@ -118,6 +123,7 @@ class Site:
             round: from 1.
             strategy: tells what is wanted back.
             progress: told of each batch.
+            fetch: whether what came of it is brought here.
 
         Raises:
             WsfedError: the worker is lost, or an operation failed there.
@@ -132,13 +138,17 @@ class Site:
             if strategy.wants_gradients:
                 run, asked = self._dataset.run(replica.slope(self.rows), **self._whole()), None
             else:
-                run, asked = self._dataset.run(replica.step, **self._batches(round)), replica.ask()
+                run = self._dataset.run(replica.step, **self._batches(round))
+                asked = replica.ask() if fetch else None
             losses = await _finished(run, asked, self.name, progress)
-            values = await (asked if asked is not None else replica.ask_slope())
+            state_there: State = {}
+            if fetch:
+                values = await (asked if asked is not None else replica.ask_slope())
+                state_there = replica.named(values)
             after = self.worker.traffic
             reply = Reply(
                 self.name,
-                replica.named(values),
+                state_there,
                 self.rows,
                 steps=len(losses),
                 loss_before=loss_before,
@@ -147,6 +157,25 @@ class Site:
             return Report(
                 reply, mean, time.perf_counter() - begun, after[0] - before[0], after[1] - before[1]
             )
+
+    def contributor(self, strategy: Strategy) -> Contributor:
+        """As a member of a round of secure aggregation, once it has trained."""
+        link, name, replica = link_of(self.worker), self._dataset.name, self._replica
+
+        def ask(step: int, told: bytes) -> Awaitable[torch.Tensor]:
+            values, given = replica.secure_ids(step, gradients=strategy.wants_gradients)
+            said = torch.frombuffer(bytearray(told or b"\0"), dtype=torch.uint8)
+            made: Awaitable[torch.Tensor] = link.ask(
+                lambda number: m.SecAgg(number, step, name, values, given, 0).wire(), tensor=said
+            )
+            return made
+
+        member = self.worker.info.get("secagg")
+        if member is None:
+            raise FederatedError(
+                f"worker {self.worker.id!r} is no member of a roster: start it with one"
+            )
+        return Contributor(str(member), self.rows, ask)
 
     async def judge(self, state: State) -> dict[str, float]:
         """Loss and metrics over the rows to evaluate on, weighted by rows.

@@ -17,7 +17,7 @@ import ssl as ssl_module
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -35,6 +35,10 @@ from wsfed.worker.executor import Executor
 from wsfed.worker.interpreter import Carry, Interpreter
 from wsfed.worker.plans import Programs
 from wsfed.worker.session import Carried
+
+if TYPE_CHECKING:
+    from wsfed.privacy.roster import Membership
+    from wsfed.worker.secagg import SecureRounds
 
 __all__ = ["Node", "check_exposure", "default_max_memory"]
 
@@ -69,6 +73,7 @@ class Node:
         max_memory: bytes that the tensors of one session may take.
         token: what a client has to show; ``None`` lets everybody in.
         direct: whether this worker takes tensors to other workers itself when a client asks.
+        membership: in rounds of secure aggregation (:mod:`wsfed.privacy.roster`).
     """
 
     def __init__(
@@ -80,7 +85,9 @@ class Node:
         max_memory: int | None = None,
         token: str | None = None,
         direct: bool = True,
+        membership: Membership | None = None,
     ) -> None:
+        self._membership = membership
         self.id = id
         self.device = torch.device(device)
         self.datasets: Mapping[str, Dataset] = MappingProxyType({d.name: d for d in datasets})
@@ -135,6 +142,7 @@ class Node:
                 name: {"rows": d.rows, "open": d.open} for name, d in self.datasets.items()
             },
             "sessions": len(self._sessions),
+            "secagg": None if self._membership is None else self._membership.name,
         }
 
     def objects(self) -> list[dict[int, torch.Tensor]]:
@@ -197,6 +205,7 @@ class Node:
             max_bytes=self._max_memory,
             max_objects=_MAX_OBJECTS,
             programs=self._programs,
+            secure=self._secure_rounds(),
         )
         # Asking for their number is what makes a new thread use torch's number of threads; its
         # first sums would come in another order otherwise.
@@ -205,6 +214,13 @@ class Node:
         hosted.protocol.welcome(_now(), epoch=self._epoch, worker=self.id, info=self.info)
         self._sessions[hosted.protocol.id] = hosted
         return hosted.attach()
+
+    def _secure_rounds(self) -> SecureRounds | None:
+        if self._membership is None:
+            return None
+        from wsfed.worker.secagg import SecureRounds  # needs cryptography, which is optional
+
+        return SecureRounds(self._membership)
 
     async def _resume(self, asked: m.Resume, wire: Wire) -> Attached | None:
         hosted = self._sessions.get(asked.session)

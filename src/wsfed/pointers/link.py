@@ -65,8 +65,14 @@ class Link(Protocol):
     ) -> Awaitable[torch.Tensor]:
         """Ask for a value; the request leaves at once. What comes has to fit ``meta``."""
 
-    def ask(self, make: Callable[[int], list[Any]], site: Site | None = None) -> Awaitable[Any]:
-        """Queue a request; ``make`` gives the command for its number."""
+    def ask(
+        self,
+        make: Callable[[int], list[Any]],
+        site: Site | None = None,
+        *,
+        tensor: torch.Tensor | None = None,
+    ) -> Awaitable[Any]:
+        """Queue a request; ``make`` gives the command for its number, a tensor goes along."""
 
     def transfer(self, ids: Sequence[int], to: Link, new_ids: Sequence[int]) -> None:
         """Copy objects to another worker; later commands there wait for them."""

@@ -56,6 +56,7 @@ __all__ = [
     "Run",
     "RunOver",
     "Search",
+    "SecAgg",
     "Seed",
     "SessionLost",
     "Stop",
@@ -497,6 +498,25 @@ class Run(Message):
     inputs: list[int] = _ids()
     numbers: list[float] = _field("a list of fractional numbers", _are_numbers)
     outs: list[int] = _ids()
+
+
+@_message(50, COMMANDS)
+class SecAgg(Message):
+    """Take one step of secure aggregation (:mod:`wsfed.privacy.secagg`); answered by a tensor.
+
+    Step 0 begins a round: ``given`` is the model whose hash is bound into every key. Step 2 is
+    answered by the masked change from ``given`` to ``values`` (``values`` themselves, where
+    ``given`` is empty) and the number of rows; the other steps by bytes.
+    """
+
+    request: int = _id()
+    step: int = _field("0 to 4", lambda value: type(value) is int and 0 <= value <= 4)
+    #: The data set whose rows count as the weight.
+    name: str = _text()
+    values: list[int] = _ids()
+    given: list[int] = _ids()
+    #: The place of what the collector says, the bytes of a tensor.
+    tensor: int = _uint()
 
 
 def _is_segment(value: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.utils import _pytree as pytree
@@ -38,6 +38,9 @@ from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving, holds_
 from wsfed.worker.randomness import SessionRandom
 from wsfed.worker.sizes import ResultSizes
 from wsfed.worker.store import Entry, Failure, Poisoned, Store, poison_of
+
+if TYPE_CHECKING:
+    from wsfed.worker.secagg import SecureRounds
 
 __all__ = ["Carry", "Interpreter", "Outcome", "Reply"]
 
@@ -89,6 +92,7 @@ class Interpreter:
         max_bytes: memory that the session's tensors may take.
         max_objects: identifiers that the session may bind.
         programs: recorded programs that the worker has already.
+        secure: rounds of secure aggregation, where the owner takes part in some.
 
     Attributes:
         store: the objects.
@@ -102,7 +106,9 @@ class Interpreter:
         max_bytes: int,
         max_objects: int,
         programs: Programs | None = None,
+        secure: SecureRounds | None = None,
     ) -> None:
+        self._secure = secure
         self.store = Store(max_bytes, max_objects)
         self._device, self._datasets = device, datasets
         self._random = SessionRandom(device)
@@ -277,6 +283,8 @@ class Interpreter:
                 outcome.replies.append(self._get(request, id))
             case m.Batch():
                 self._batch(command)
+            case m.SecAgg():
+                outcome.replies.append(self._secagg(command, tensors[command.tensor], seen))
             case m.Clone(id, copy):
                 self._clone(id, copy, seen)
             case m.Flush(request):
@@ -457,6 +465,21 @@ class Interpreter:
         """See :class:`~wsfed.plans.compiled.Machine`."""
         with self._modes.entered(0):
             pass
+
+    def _secagg(self, command: m.SecAgg, told: Incoming, seen: list[Entry]) -> Reply:
+        """One step of secure aggregation."""
+        if self._secure is None:
+            raise RemoteError(
+                "this worker is no member of a roster: its owner has not started it with one"
+            )
+        data = b"" if told.data is None else bytes(told.data)
+        rows = self._dataset(command.name).rows if command.step == 2 else 0
+        seen += [self.store.entry(id) for id in (*command.values, *command.given)]
+        values, given = (
+            [self.store.tensor(id) for id in ids] for ids in (command.values, command.given)
+        )
+        made = self._secure.step(command.step, data, rows, values, given)
+        return Reply(m.TensorReply(command.request, 0, False), outgoing(made, lasting=True))
 
     # --- the others ---
 

@@ -1,0 +1,1 @@
+"""What lets many contribute without any one of them being seen."""

@@ -23,6 +23,7 @@
     │   └── ConstantTooLarge        a local tensor too large to travel along with an operation
     ├── DatasetError            a data file is missing, malformed or unusable
     └── FederatedError          federated training cannot go on; the model is that of the last round
+        ├── PrivacyBudgetSpent      another round would spend more than the privacy budget
         ├── SecAggAborted           a round of secure aggregation came to no sum; nothing was learnt
         ├── TooFewSites             a round was closed with fewer replies than it needs
         └── UpdateRejected          what a site reported cannot be used
@@ -50,6 +51,7 @@ __all__ = [
     "OpNotAllowed",
     "PlanError",
     "PointerError",
+    "PrivacyBudgetSpent",
     "ProtocolError",
     "QuotaExceeded",
     "RemoteError",
@@ -307,6 +309,23 @@ class FederatedError(WsfedError):
         self.reason = reason
         self.history: Any = None
         super().__init__(reason)
+
+
+class PrivacyBudgetSpent(FederatedError):
+    """Another round would spend more than the privacy budget.
+
+    Attributes:
+        epsilon: after that round.
+        delta: of the guarantee.
+        budget: epsilon that must not be exceeded.
+    """
+
+    def __init__(self, epsilon: float, delta: float, budget: float) -> None:
+        self.epsilon, self.delta, self.budget = epsilon, delta, budget
+        super().__init__(
+            f"another round would spend epsilon = {epsilon:.3f} at delta = {delta:g}, and the "
+            f"budget is {budget:g}"
+        )
 
 
 class SecAggAborted(FederatedError):

@@ -92,6 +92,22 @@ async def test_a_large_change_is_clipped_to_the_bound(members: list[wsfed.Worker
     assert 0.001 < float(torch.stack(changes).norm()) <= 0.01 + 1e-6
 
 
+async def test_members_add_the_noise_of_the_roster() -> None:
+    noisy = Roster("clinics", 4, PUBLIC, min_members=5, bound=0.5, noise=2.0)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4000, bias=False)
+    before = model.weight.detach().clone()
+    async with AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(member(name, 40, noisy)) for name in NAMES]
+        await federated.fit(
+            *(model, workers, "points", F.cross_entropy, partial(torch.optim.SGD, lr=0.0)),
+            rounds=1,
+            privacy=federated.SecAgg(noisy),
+        )
+    # The sum's noise is noise * bound, and the mean is over five equal weights.
+    assert float((model.weight.detach() - before).std()) == pytest.approx(2.0 * 0.5 / 5, rel=0.05)
+
+
 async def test_a_member_that_is_lost_is_left_out(
     members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

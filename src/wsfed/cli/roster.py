@@ -50,6 +50,9 @@ def roster(
     ] = 1,
     min_rows: Annotated[int, typer.Option(min=1, help="That a member trains on.")] = 32,
     bound: Annotated[float, typer.Option(help="L2 norm to which a change is clipped.")] = 1.0,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="Deviation of the noise in a sum, in units of bound.")
+    ] = 0.0,
     max_weight: Annotated[int, typer.Option(min=1, help="Rows count up to so many.")] = 1_000_000,
 ) -> None:
     """Sign who may add up with whom, and the numbers below which nobody takes part.
@@ -73,6 +76,7 @@ def roster(
             min_rows,
             bound,
             max_weight,
+            noise,
         )
         key = read_key(owner)
         keys.save_roster(file, made.sign(key))

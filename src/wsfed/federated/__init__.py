@@ -19,12 +19,14 @@ from wsfed.federated.averaging import Mean, weighted_mean
 from wsfed.federated.callbacks import Callback, EarlyStopping
 from wsfed.federated.checkpoint import Checkpoint
 from wsfed.federated.contribution import SecAgg
+from wsfed.federated.dp import DP
 from wsfed.federated.fit import fit
 from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.recipe import seed_of
 from wsfed.federated.sampling import (
     Candidate,
     Everyone,
+    Poisson,
     Sampler,
     Selection,
     Stratified,
@@ -50,6 +52,7 @@ from wsfed.federated.strategies.scaffold import Scaffold
 from wsfed.federated.strategies.strategy import LocalTerms, MeanStrategy, Reply, Strategy
 
 __all__ = [
+    "DP",
     "Bulyan",
     "Callback",
     "Candidate",
@@ -75,6 +78,7 @@ __all__ = [
     "Mean",
     "MeanStrategy",
     "MultiKrum",
+    "Poisson",
     "QFedAvg",
     "Reply",
     "Round",

@@ -28,6 +28,11 @@ class SecAgg:
     attempts: int = 2
     patience: float = 60.0
 
+    @property
+    def told(self) -> str:
+        """For people, and for checkpoints."""
+        return f"SecAgg({self.roster.id!r}, bound={self.roster.bound})"
+
     def __post_init__(self) -> None:
         if self.attempts < 1 or not self.patience > 0:
             raise ValueError(f"out of range: attempts {self.attempts}, patience {self.patience}")

@@ -12,16 +12,17 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from wsfed.errors import FederatedError
+from wsfed.errors import FederatedError, PrivacyBudgetSpent
 from wsfed.federated.callbacks import Callback
 from wsfed.federated.checkpoint import Checkpoint, Saved
 from wsfed.federated.contribution import SecAgg
+from wsfed.federated.dp import DP, Budget
 from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.network import Network, Setup
 from wsfed.federated.recipe import Criterion, LocalOptimizer, Metric, Objective, Recipe
 from wsfed.federated.replica import buffers_of, state_of
 from wsfed.federated.rounds import Closing, Rounds
-from wsfed.federated.sampling import Everyone, Sampler, Selection
+from wsfed.federated.sampling import Everyone, Poisson, Sampler, Selection
 from wsfed.federated.strategies.fedasync import FedAsync
 from wsfed.federated.strategies.fedavg import FedAvg
 from wsfed.federated.strategies.scaffold import Scaffold
@@ -59,7 +60,7 @@ async def fit(
     evaluate: Callable[[nn.Module], Any] | None = None,
     evaluate_every: int = 1,
     callbacks: Sequence[Callback] = (),
-    privacy: SecAgg | None = None,
+    privacy: SecAgg | DP | None = None,
     checkpoint: Checkpoint | str | Path | None = None,
     resume: bool = False,
 ) -> History:
@@ -102,7 +103,8 @@ async def fit(
         evaluate_every: rounds between evaluations; the last round has one.
         callbacks: told of what happens.
         privacy: ``SecAgg(roster)``: replies are added up by secure aggregation, and nobody sees a
-            single one; what sites change is clipped to the roster's ``bound``.
+            single one; what sites change is clipped to the roster's ``bound``. ``DP(…)``: what
+            sites change is clipped, noise is added to the sum, and the budget is kept.
         checkpoint: a folder, or a :class:`~wsfed.federated.Checkpoint`.
         resume: go on from the newest checkpoint, to the same weights bit for bit; without one,
             begin.
@@ -135,16 +137,18 @@ async def fit(
     if keep and not strategy.tolerates_staleness:
         raise ValueError(f"{strategy.name} takes no late replies: schedule={schedule!r}, {late=}")
     if privacy is not None:
-        _check_private(strategy, schedule, keep)
+        _check_private(strategy, schedule, keep, privacy)
     closing = Closing(deadline, min_workers, min_fraction, keep_late=keep)
     saves = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     settings: dict[str, Any] = {"strategy": strategy.name, **strategy.settings}
     settings["schedule"] = schedule
     settings |= {"seed": seed, "local_epochs": local_epochs, "batch_size": batch_size}
+    settings["privacy"] = privacy.told if isinstance(privacy, SecAgg) else repr(privacy)
     begin = await asyncio.to_thread(_begin, model, strategy, saves, settings, resume)
     terms = strategy.local_terms(begin.memory, "")
     setup = Setup(dataset, validation, recipe, terms.proximal, isinstance(strategy, Scaffold))
     _set(model, begin.state)
+    sampler = sampler or Everyone()
     training = _Training(
         model,
         rounds,
@@ -154,6 +158,7 @@ async def fit(
         evaluate,
         evaluate_every,
         strategy.min_replies,
+        *await asyncio.to_thread(_spent, privacy, sampler, begin.rounds),
     )
     try:
         async with (
@@ -161,14 +166,14 @@ async def fit(
             Rounds(
                 network,
                 strategy,
-                sampler or Everyone(),
+                sampler,
                 closing,
                 begin.state,
                 begin.memory,
                 buffers_of(model),
                 seed=seed,
                 progress=training.batch_done if callbacks else None,
-                secagg=privacy,
+                privacy=privacy,
             ) as running,
         ):
             del begin  # else its values are held as long as training goes on
@@ -224,15 +229,31 @@ def _check_settings(
         raise FederatedError("the model has no parameter that requires grad")
 
 
-def _check_private(strategy: Strategy, schedule: str, keep_late: bool) -> None:
+def _check_private(
+    strategy: Strategy, schedule: str, keep_late: bool, privacy: SecAgg | DP
+) -> None:
+    what = f"privacy={type(privacy).__name__}(…)"
     if not isinstance(strategy, MeanStrategy):
-        raise ValueError(
-            f"secure aggregation gives a mean and no single reply, which {strategy.name} needs"
-        )
+        raise ValueError(f"{what} gives a mean and no single reply, which {strategy.name} needs")
     if schedule != "concurrent" or keep_late:
-        raise ValueError(
-            "secure aggregation is of sites that train at once: schedule='concurrent', late='drop'"
-        )
+        raise ValueError(f"{what} is of sites that train at once: concurrent, with late='drop'")
+    if isinstance(privacy, DP) and strategy.wants_gradients:
+        raise ValueError(f"{what} clips what sites change of a model, and {strategy.name} has none")
+
+
+def _spent(
+    privacy: SecAgg | DP | None, sampler: Sampler, rounds: Sequence[Round]
+) -> tuple[Budget | None, float]:
+    """The budget, with what earlier rounds have spent of it, and the sample rate of each."""
+    rate = sampler.rate if isinstance(sampler, Poisson) else 1.0
+    if not isinstance(privacy, DP):
+        return None, rate
+    budget = Budget(privacy.noise, privacy.delta, privacy.budget)
+    for _ in rounds:
+        budget.spend(rate)
+    if not rounds:
+        budget.check(rate)
+    return budget, rate
 
 
 def _begin(
@@ -279,6 +300,8 @@ class _Training:
     evaluate: Callable[[nn.Module], Any] | None
     evaluate_every: int
     at_once: int
+    budget: Budget | None
+    rate: float
 
     def batch_done(self, site: str, progress: Any) -> None:
         """A site has finished a batch."""
@@ -295,6 +318,12 @@ class _Training:
         """The rounds that are left."""
         for number in range(len(self.history) + 1, self.rounds + 1):
             begun = time.perf_counter()
+            if self.budget is not None and number > 1:
+                try:
+                    self.budget.check(self.rate)
+                except PrivacyBudgetSpent as spent:
+                    self.history.stopped = str(spent)
+                    break
             if network.lost:
                 await network.reopen()
             selection = running.select(number)
@@ -304,6 +333,8 @@ class _Training:
             trained = await advance(number, self._narrowed(selection))
             await asyncio.to_thread(_set, self.model, running.state)
             metrics, sites = await self._judge(number, running, trained.sites)
+            if self.budget is not None:
+                metrics["epsilon"] = await asyncio.to_thread(self.budget.spend, self.rate)
             seconds = time.perf_counter() - begun
             self.history.add(Round(number, trained.loss, metrics, seconds, sites))
             self.history.stopped = self._told(self.history[-1])

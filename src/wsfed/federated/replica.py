@@ -74,6 +74,7 @@ class Replica:
         self._given = self._copies() if mu else {}
         self._correction = self._copies() if corrects else {}
         self._load, self._load_correction = Plan(self._loaded), Plan(self._corrected)
+        self._clip = Plan(self._clipped)
         self.step, self.judge = Plan(self._stepped), Plan(self._judged)
         self._slopes: dict[int, Plan[..., Any]] = {}
         #: The values that were given last, as pointers, and what they can be told by.
@@ -98,6 +99,36 @@ class Replica:
             values = [_local(terms.correction.get(name), e) for name, e in self._correction.items()]
             self._load_correction(self.worker.send(values))
         self.optimizer.state.clear()
+
+    def clip(self, bound: float) -> Awaitable[torch.Tensor]:
+        """Bring the change since the values were given to an L2 norm of at most ``bound``.
+
+        What is no fractional number goes back to what was given.
+
+        Returns:
+            Whether it was within the bound, 1 or 0.
+        """
+        bound_there = self.worker.send(torch.tensor(bound, dtype=torch.float64))
+        within: Awaitable[torch.Tensor] = self._clip(self._sent, bound_there).get()
+        return within
+
+    def _clipped(self, given: Sequence[torch.Tensor], bound: torch.Tensor) -> Any:
+        with torch.no_grad():
+            pairs = [
+                (entry, before)
+                for entry, before in zip(self._entries.values(), given, strict=True)
+                if entry.is_floating_point()
+            ]
+            squares = [(e.detach() - b).double().square().sum() for e, b in pairs]
+            norm = torch.stack(squares).sum().sqrt()
+            factor = (bound / norm.clamp(min=1e-30)).clamp(max=1.0)
+            for entry, before in pairs:
+                change = (entry.detach() - before).double() * factor
+                entry.copy_(before + change.to(entry.dtype))
+            for entry, before in zip(self._entries.values(), given, strict=True):
+                if not entry.is_floating_point():
+                    entry.copy_(before)
+            return (norm <= bound).double()
 
     def slope(self, rows: int) -> Plan[..., Any]:
         """What adds a batch's part to the gradient of the mean loss over so many rows."""

@@ -14,6 +14,7 @@ import torch
 from wsfed.errors import TooFewSites, UpdateRejected
 from wsfed.federated.averaging import Mean
 from wsfed.federated.contribution import SecAgg
+from wsfed.federated.dp import CLIP, DP, Noise, follow, release
 from wsfed.federated.history import SiteRound
 from wsfed.federated.network import LOST, Network
 from wsfed.federated.sampling import Sampler, Selection
@@ -110,7 +111,7 @@ class Rounds:
         buffers: names of what is not trained.
         seed: of the sampler.
         progress: told of each batch.
-        secagg: that replies are added up by secure aggregation.
+        privacy: how what sites report is protected.
 
     Attributes:
         state: of the model now.
@@ -129,9 +130,11 @@ class Rounds:
         *,
         seed: int,
         progress: Callable[[str, Any], None] | None,
-        secagg: SecAgg | None = None,
+        privacy: SecAgg | DP | None = None,
     ) -> None:
-        self._secure = None if secagg is None else _secure_rounds(secagg)
+        self._secure = _secure_rounds(privacy) if isinstance(privacy, SecAgg) else None
+        self._dp = privacy if isinstance(privacy, DP) else None
+        self._noise = Noise()
         self.state, self.memory = state, memory
         self._network, self._strategy, self._sampler = network, strategy, sampler
         self._closing, self._buffers, self._seed = closing, buffers, seed
@@ -161,16 +164,38 @@ class Rounds:
         for site in self._sites(selection):
             if site.name not in self._working:
                 self._start(site, number)
-        replies = _Replies(self._strategy, selection.chosen)
+        replies = _Replies(self._strategy, selection.chosen, alike=self._dp is not None)
         told = await self._collect(number, selection, replies)
         await self._check_enough(number, selection, replies, told)
         if self._secure is not None:
             told = await self._add_up(number, self._secure, told)
+        elif self._dp is not None:
+            await asyncio.to_thread(self._add_noise, self._dp, replies, selection)
         else:
             self.state, self.memory = await asyncio.to_thread(
                 replies.aggregate, self.state, self.memory, self._buffers
             )
         return Trained(_mean_loss(told), told)
+
+    @property
+    def clip(self) -> float | None:
+        """L2 norm to which changes are clipped now."""
+        if self._dp is None:
+            return None
+        return float(self.memory.get(CLIP, torch.tensor(self._dp.clip, dtype=torch.float64)))
+
+    def _add_noise(self, dp: DP, replies: _Replies, selection: Selection) -> None:
+        """What is left of the replies is their sum, with noise."""
+        strategy, clip = self._strategy, self.clip
+        assert isinstance(strategy, MeanStrategy)
+        assert clip is not None
+        count = selection.expected or len(selection.chosen)
+        sums, within = replies.changes(self.state)
+        mean = release(dp, self._noise, clip, self.state, sums, count)
+        memory = {name: value for name, value in self.memory.items() if name != CLIP}
+        self.state, kept = strategy.conclude(self.state, memory, mean, self._buffers)
+        following = follow(dp, self._noise, clip, within, count)
+        self.memory = {**kept, CLIP: torch.tensor(following, dtype=torch.float64)}
 
     async def _add_up(
         self, number: int, secure: SecureRounds, told: Sequence[SiteRound]
@@ -224,6 +249,7 @@ class Rounds:
             report = await site.train(
                 *(state, terms, number, self._strategy, self._progress),
                 fetch=self._secure is None,
+                clip=self.clip,
             )
             if not self._strategy.tolerates_garbage:
                 await asyncio.to_thread(_check, report.reply, number)
@@ -354,16 +380,20 @@ class _Replies:
     soon as those before them are there.
     """
 
-    def __init__(self, strategy: Strategy, order: Sequence[str]) -> None:
+    def __init__(self, strategy: Strategy, order: Sequence[str], *, alike: bool) -> None:
+        self._alike = alike
         self._strategy, self._order = strategy, list(order)
         self._mean = Mean(owns=True) if isinstance(strategy, MeanStrategy) else None
         self._waiting: dict[str, Reply] = {}
+        self._within: list[bool] = []
         self._next = 0
         self.count = 0
 
     def add(self, reply: Reply) -> None:
         """One more."""
         self._waiting[reply.site] = reply
+        if reply.within is not None:
+            self._within.append(reply.within)
         self.count += 1
         while self._next < len(self._order) and self._order[self._next] in self._waiting:
             self._sum_up(self._order[self._next])
@@ -372,7 +402,21 @@ class _Replies:
     def _sum_up(self, site: str) -> None:
         if self._mean is not None and isinstance(self._strategy, MeanStrategy):
             reply = self._waiting.pop(site)
-            self._mean.add(reply.state, self._strategy.weight(reply.rows))
+            weight = 1.0 if self._alike else self._strategy.weight(reply.rows)
+            self._mean.add(reply.state, weight)
+
+    def changes(self, state: State) -> tuple[dict[str, torch.Tensor], list[bool]]:
+        """The sum of what the sites have changed, and whether each was within the bound."""
+        assert self._mean is not None
+        for site in list(self._waiting):
+            self._sum_up(site)
+        mean = self._mean.result()
+        sums = {
+            name: (mean[name].double() - value.double()) * self.count
+            for name, value in state.items()
+            if value.is_floating_point()
+        }
+        return sums, self._within
 
     def aggregate(
         self, state: State, memory: Memory, buffers: frozenset[str]

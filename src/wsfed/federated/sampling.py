@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy as np
 __all__ = [
     "Candidate",
     "Everyone",
+    "Poisson",
     "Sampler",
     "Selection",
     "Stratified",
@@ -65,6 +66,7 @@ class Selection:
             round of nobody is.
         wanted: replies with which the round may close. Fewer than were chosen if more were chosen
             than are needed.
+        expected: how many are chosen on average, where that is left to chance; else 0.
 
     Raises:
         ValueError: more are wanted than were chosen, or fewer than none.
@@ -72,6 +74,7 @@ class Selection:
 
     chosen: tuple[str, ...]
     wanted: int
+    expected: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.wanted <= len(self.chosen):
@@ -173,6 +176,34 @@ class Uniform(_Quota):
         wanted = self._wanted(len(pool))
         drawn = _draw(_generator(round, seed), pool, self._chosen(wanted, len(pool)))
         return _selection(candidates, drawn, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson:
+    """Each candidate takes part with the same probability, by itself: how many do is chance.
+
+    Differential privacy counts on this way of choosing (Abadi et al. 2016, arXiv:1607.00133).
+
+    Args:
+        rate: the probability.
+
+    Raises:
+        ValueError: it is not in (0, 1].
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate has to be in (0, 1]: {self.rate}")
+
+    def __call__(self, candidates: Sequence[Candidate], round: int, seed: int) -> Selection:
+        """One draw for each candidate."""
+        pool = _by_site(candidates)
+        draws = _generator(round, seed).random(len(pool))
+        drawn = [each for each, draw in zip(pool, draws, strict=True) if draw < self.rate]
+        selection = _selection(candidates, drawn, len(drawn))
+        return replace(selection, expected=self.rate * len(pool))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -156,7 +156,7 @@ class _Attempt:
                 numbers.round, "masks have not cancelled: members had different keys or models"
             )
         rows, members = int(total[-_EXTRA]), len(self._roster.members)
-        values = masks.dequantise(total[:-_EXTRA], members, numbers.bound)
+        values = masks.dequantise(total[:-_EXTRA], members, self._roster.reach)
         values *= numbers.max_weight / rows
         lost = {name: why for name, why in self._lost.items() if name not in names}
         return SecureMean(torch.from_numpy(values), rows, names, lost)

@@ -114,6 +114,7 @@ class Site:
         progress: Callable[[str, Any], None] | None = None,
         *,
         fetch: bool = True,
+        clip: float | None = None,
     ) -> Report:
         """Train the model from these values on, on the worker.
 
@@ -124,6 +125,7 @@ class Site:
             strategy: tells what is wanted back.
             progress: told of each batch.
             fetch: whether what came of it is brought here.
+            clip: L2 norm to which the change is clipped, before it is brought here.
 
         Raises:
             WsfedError: the worker is lost, or an operation failed there.
@@ -133,12 +135,14 @@ class Site:
             replica = self._replica
             replica.give(state, terms)
             self.worker.manual_seed(self._recipe.draws(self.name, round))
+            within: Awaitable[torch.Tensor] | None = None
             loss_before = await self._loss_of_rows() if strategy.wants_loss_before else None
             replica.model.train()
             if strategy.wants_gradients:
                 run, asked = self._dataset.run(replica.slope(self.rows), **self._whole()), None
             else:
                 run = self._dataset.run(replica.step, **self._batches(round))
+                within = None if clip is None else replica.clip(clip)
                 asked = replica.ask() if fetch else None
             losses = await _finished(run, asked, self.name, progress)
             state_there: State = {}
@@ -152,6 +156,7 @@ class Site:
                 self.rows,
                 steps=len(losses),
                 loss_before=loss_before,
+                within=None if within is None else bool(await within),
             )
             mean = self._mean(losses, self.rows)
             return Report(

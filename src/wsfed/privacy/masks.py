@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-__all__ = ["Vector", "add_mask", "dequantise", "quantise", "scale_of"]
+__all__ = ["Vector", "add_mask", "add_noise", "dequantise", "quantise", "scale_of"]
 
 #: Of the ring of integers modulo 2 ** 32.
 Vector: TypeAlias = npt.NDArray[np.uint32]
@@ -62,7 +62,7 @@ def quantise(values: npt.NDArray[np.floating], members: int, bound: float) -> Ve
             else f"a value of {largest} is beyond the bound of {bound}"
         )
     scale, limit = scale_of(members, bound), math.floor(scale_of(members, bound) * bound + 0.5)
-    generator = np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16), "big")))
+    generator = _unforeseeable()
     made = np.empty(len(values), np.uint32)
     for start in range(0, len(values), _PART):
         part = slice(start, start + _PART)
@@ -71,6 +71,26 @@ def quantise(values: npt.NDArray[np.floating], members: int, bound: float) -> Ve
         whole = np.clip(np.floor(scaled), -limit, limit).astype(np.int32)
         made[part] = whole.view(np.uint32)
     return made
+
+
+def add_noise(values: npt.NDArray[np.float64], deviation: float, reach: float) -> None:
+    """Add Gaussian noise that nobody can foresee; in place.
+
+    Args:
+        values: one dimension.
+        deviation: standard deviation of the noise.
+        reach: values stay within ``[-reach, reach]``.
+    """
+    generator = _unforeseeable()
+    for start in range(0, len(values), _PART):
+        part = values[start : start + _PART]
+        part += generator.normal(0.0, deviation, len(part))
+        np.clip(part, -reach, reach, out=part)
+
+
+def _unforeseeable() -> np.random.Generator:
+    """Philox, keyed by the machine's entropy."""
+    return np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16), "big")))
 
 
 def dequantise(total: Vector, members: int, bound: float) -> npt.NDArray[np.float64]:

@@ -49,6 +49,8 @@ class Roster:
         min_rows: that each member trains on, at least.
         bound: a change is clipped to this L2 norm before it is added.
         max_weight: rows count up to so many.
+        noise: standard deviation of the noise in the sum of ``min_members`` or more, in units of
+            ``bound``: each member adds its part before it masks.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Roster:
     min_rows: int = 32
     bound: float = 1.0
     max_weight: int = 1_000_000
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         names, keys = list(self.members), set(self.members.values())
@@ -76,8 +79,14 @@ class Roster:
                 f"max_colluders is between 0 and min_members - 2 = {self.min_members - 2}, "
                 f"not {self.max_colluders}"
             )
-        if self.min_rows < 1 or not 0 < self.bound < float("inf"):
-            raise ValueError(f"out of range: min_rows {self.min_rows}, bound {self.bound}")
+        if (
+            self.min_rows < 1
+            or not 0 < self.bound < float("inf")
+            or not 0 <= self.noise < float("inf")
+        ):
+            raise ValueError(
+                f"out of range: min_rows {self.min_rows}, bound {self.bound}, noise {self.noise}"
+            )
         if not 1 <= self.max_weight * len(names) < 2**31:
             raise ValueError(
                 f"max_weight {self.max_weight} × {len(names)} members is above 2 ** 31"
@@ -87,6 +96,16 @@ class Roster:
     def order(self) -> list[str]:
         """The members, sorted: a member's number is its place, from 1."""
         return sorted(self.members)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise that one member adds."""
+        return float(self.noise * self.bound / self.min_members**0.5)
+
+    @property
+    def reach(self) -> float:
+        """No value of one member is larger: its noise is cut off at eight deviations."""
+        return self.bound + 8 * self.deviation
 
     @property
     def packed(self) -> bytes:

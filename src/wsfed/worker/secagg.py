@@ -102,9 +102,11 @@ class SecureRounds:
             raise RemoteError("the values to contribute are not finite")
         weight = min(rows, numbers.max_weight)
         change.mul_(min(1.0, roster.bound / max(norm, 1e-30)) * weight / numbers.max_weight)
+        if roster.noise:
+            masks.add_noise(change.numpy(), roster.deviation, roster.reach)
         vector = np.empty(numbers.length, np.uint32)
         members = len(roster.members)
-        vector[:-EXTRA] = masks.quantise(change.numpy(), members, roster.bound)
+        vector[:-EXTRA] = masks.quantise(change.numpy(), members, roster.reach)
         vector[-EXTRA:] = weight, 1
         return vector
 

@@ -32,6 +32,7 @@ class Reply:
         given: the model that the site was given, where that is not the present one.
         loss_before: mean loss over its rows of the model that it was given, where the strategy asks
             for it.
+        within: whether its change was within the bound to which changes are clipped.
     """
 
     site: str
@@ -41,6 +42,7 @@ class Reply:
     staleness: int = 0
     given: State | None = None
     loss_before: float | None = None
+    within: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

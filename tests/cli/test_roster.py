@@ -103,8 +103,11 @@ def test_a_worker_does_not_start_as_another_member(
     tmp_path: Path, roster: Path, keys: dict[str, str], change: dict[str, str], says: str
 ) -> None:
     options = {
-        "--id": "alice", "--roster": "clinics.json", "--roster-owner": keys["owner"],
-        "--key": "alice.key", "--journal": "alice.journal",
+        "--id": "alice",
+        "--roster": "clinics.json",
+        "--roster-owner": keys["owner"],
+        "--key": "alice.key",
+        "--journal": "alice.journal",
         **change,
     }
     files = ("--roster", "--key", "--journal")

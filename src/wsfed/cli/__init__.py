@@ -1,4 +1,4 @@
-"""The command line: ``wsfed worker``, ``status``, ``demo``, ``keygen``, ``roster``.
+"""The command line: ``wsfed worker``, ``status``, ``train``, ``simulate`` and others.
 
 Exit codes: 0 success, 1 it did not work (the reason is on stderr), 2 wrong usage.
 """
@@ -13,6 +13,7 @@ import wsfed
 from wsfed.cli.demo import demo
 from wsfed.cli.roster import keygen, roster
 from wsfed.cli.status import status
+from wsfed.cli.train import simulate, train
 from wsfed.cli.worker import worker
 
 __all__ = ["app", "main"]
@@ -45,6 +46,8 @@ def _root(
 app.command()(worker)
 app.command()(status)
 app.command()(demo)
+app.command()(train)
+app.command()(simulate)
 app.command()(keygen)
 app.command()(roster)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable
 from typing import Any
 
 from wsfed.federated.history import History, Round
@@ -32,8 +33,8 @@ class Callback:
             progress: a :class:`wsfed.Progress`; its value is the loss.
         """
 
-    def round_ends(self, round: Round, history: History) -> str | None:
-        """A round has ended.
+    def round_ends(self, round: Round, history: History) -> str | Awaitable[str | None] | None:
+        """A round has ended. What takes long is awaited: this may be a coroutine function.
 
         Args:
             round: this one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -273,8 +274,8 @@ def _begin(
     if not resume:
         assert saves is not None
         raise FederatedError(
-            f"{saves.folder} holds a checkpoint of round {len(saved.rounds)}: resume=True goes on "
-            "from there, and another folder begins anew"
+            f"{saves.folder} holds a checkpoint of round {len(saved.rounds)}: resume=True "
+            "(--resume) goes on from there, and another folder begins anew"
         )
     kinds = {name: (value.shape, value.dtype) for name, value in state.items()}
     if kinds != {name: (value.shape, value.dtype) for name, value in saved.state.items()}:
@@ -337,7 +338,7 @@ class _Training:
                 metrics["epsilon"] = await asyncio.to_thread(self.budget.spend, self.rate)
             seconds = time.perf_counter() - begun
             self.history.add(Round(number, trained.loss, metrics, seconds, sites))
-            self.history.stopped = self._told(self.history[-1])
+            self.history.stopped = await self._told(self.history[-1])
             last = number == self.rounds or bool(self.history.stopped)
             if saves is not None and (last or number % saves.every == 0):
                 saved = Saved(running.state, running.memory, list(self.history))
@@ -378,7 +379,12 @@ class _Training:
         named = found if isinstance(found, Mapping) else {"score": found}
         return {str(name): float(value) for name, value in named.items()}
 
-    def _told(self, round: Round) -> str:
+    async def _told(self, round: Round) -> str:
         """Why training is to end now, if a callback says so."""
-        reasons = [each.round_ends(round, self.history) for each in self.callbacks]
-        return next((reason for reason in reasons if reason), "")
+        told = ""
+        for each in self.callbacks:
+            reason = each.round_ends(round, self.history)
+            if inspect.isawaitable(reason):
+                reason = await reason
+            told = told or reason or ""
+        return told

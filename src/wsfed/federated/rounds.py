@@ -281,7 +281,9 @@ class Rounds:
             left_over = list(self._working)
             told += [SiteRound(name, "spare" if enough else "late") for name in left_over]
             await self._stop(left_over)
-        return told
+        # Not as they came: sums of numbers depend on their order.
+        places = {name: place for place, name in enumerate(selection.chosen)}
+        return sorted(told, key=lambda each: places.get(each.site, len(places)))
 
     async def _take(self, number: int, name: str, replies: _Replies) -> SiteRound:
         work = self._working.pop(name)

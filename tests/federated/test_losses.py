@@ -82,14 +82,16 @@ async def test_of_ten_workers_one_is_killed_and_one_slow(
     workers = [partial(wsfed.connect, url, reconnect=0.2) for url in urls]
     struck = _Struck(*(each["pid"] for each in two_processes))
     model = nn.Linear(4, 2)
+    more: dict[str, Any] = {"local_epochs": 60, "min_workers": 8}
+    warm = await federated.fit(*(model, workers, *ARGUMENTS), rounds=2, **more)
+    deadline = 2 + 3 * warm[1].seconds  # the machine may be busy with other things
     try:
         history = await federated.fit(
             *(model, workers, *ARGUMENTS),
             rounds=5,
-            local_epochs=60,
-            deadline=4.0,
-            min_workers=8,
+            deadline=deadline,
             callbacks=[struck],
+            **more,
         )
     finally:
         os.kill(struck.slow, signal.SIGCONT)
@@ -103,7 +105,7 @@ async def test_of_ten_workers_one_is_killed_and_one_slow(
     }
     assert "killed" not in outcomes[2]
     assert outcomes[4]["slow"] == "used"  # it has caught up
-    assert all(each.seconds < 6 for each in history)
+    assert all(each.seconds < 2 * deadline for each in history)
     assert history[-1].loss < history[0].loss
 
 

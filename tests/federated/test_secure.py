@@ -104,8 +104,9 @@ async def test_members_add_the_noise_of_the_roster() -> None:
             rounds=1,
             privacy=federated.SecAgg(noisy),
         )
-    # The sum's noise is noise * bound, and the mean is over five equal weights.
-    assert float((model.weight.detach() - before).std()) == pytest.approx(2.0 * 0.5 / 5, rel=0.05)
+    # That of four members, one colluder not counted, is noise * bound; the mean is over five.
+    expected = 2.0 * 0.5 * (5 / 4) ** 0.5 / 5
+    assert float((model.weight.detach() - before).std()) == pytest.approx(expected, rel=0.05)
 
 
 async def test_a_member_that_is_lost_is_left_out(

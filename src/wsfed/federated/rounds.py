@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
@@ -79,6 +79,9 @@ class Trained:
     sites: list[SiteRound]
 
 
+#: Bytes of a model that are looked through and added up in less time than a thread takes to begin.
+_SMALL: Final = 2**16
+
 #: What came of a site: a report, why it was lost, or an error that ends training.
 _Outcome: TypeAlias = Report | str | Exception
 
@@ -140,6 +143,8 @@ class Rounds:
         self._closing, self._buffers, self._seed = closing, buffers, seed
         self._progress = progress
         self._working: dict[str, _Work] = {}
+        #: Names of sites that have finished: told by each, not looked for among all.
+        self._finished: asyncio.Queue[str] = asyncio.Queue()
 
     async def __aenter__(self) -> Rounds:
         return self
@@ -241,8 +246,9 @@ class Rounds:
 
     def _start(self, site: Site, number: int) -> None:
         terms = self._strategy.local_terms(self.memory, site.name)
-        work = self._train(site, self.state, terms, number)
-        self._working[site.name] = _Work(asyncio.create_task(work), number, self.state)
+        task = asyncio.create_task(self._train(site, self.state, terms, number))
+        task.add_done_callback(lambda _: self._finished.put_nowait(site.name))
+        self._working[site.name] = _Work(task, number, self.state)
 
     async def _train(self, site: Site, state: State, terms: LocalTerms, number: int) -> _Outcome:
         try:
@@ -252,7 +258,7 @@ class Rounds:
                 clip=self.clip,
             )
             if not self._strategy.tolerates_garbage:
-                await asyncio.to_thread(_check, report.reply, number)
+                await _aside(report.reply.state, _check, report.reply, number)
         except LOST as error:
             self._network.lose(site.worker, str(error))
             return str(error)
@@ -267,15 +273,16 @@ class Rounds:
         ends = None if self._closing.deadline is None else time.monotonic() + self._closing.deadline
         told: list[SiteRound] = []
         while self._working and replies.count < selection.wanted:
-            left = None if ends is None else ends - time.monotonic()
-            tasks = {work.task: name for name, work in self._working.items()}
-            done, _ = await asyncio.wait(
-                tasks, timeout=None if left is None else max(left, 0), return_when="FIRST_COMPLETED"
-            )
-            if not done:
-                break  # the deadline
-            names = sorted(tasks[task] for task in done)
-            told += [await self._take(number, name, replies) for name in names]
+            try:
+                async with asyncio.timeout(
+                    None if ends is None else max(ends - time.monotonic(), 0)
+                ):
+                    name = await self._finished.get()
+            except TimeoutError:
+                break
+            # Of one that was stopped, and begun again since, there is a word too many.
+            if name in self._working and self._working[name].task.done():
+                told.append(await self._take(number, name, replies))
         if not self._closing.keep_late:
             enough = replies.count >= selection.wanted
             left_over = list(self._working)
@@ -295,9 +302,8 @@ class Rounds:
             return SiteRound(name, outcome)
         staleness = number - work.since
         given = None if work.given is self.state else work.given
-        await asyncio.to_thread(
-            replies.add, replace(outcome.reply, staleness=staleness, given=given)
-        )
+        reply = replace(outcome.reply, staleness=staleness, given=given)
+        await _aside(reply.state, replies.add, reply)
         return _record(outcome, staleness)
 
     async def _check_enough(
@@ -438,6 +444,14 @@ def _secure_rounds(secagg: SecAgg) -> SecureRounds:
     from wsfed.federated.secure import SecureRounds  # needs cryptography, which is optional
 
     return SecureRounds(secagg)
+
+
+async def _aside(state: State, work: Callable[..., None], *args: Any) -> None:
+    """In a thread, where it takes longer than going there."""
+    if sum(value.nbytes for value in state.values()) > _SMALL:
+        await asyncio.to_thread(work, *args)
+    else:
+        work(*args)
 
 
 def _check(reply: Reply, number: int) -> None:

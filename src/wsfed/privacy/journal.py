@@ -41,9 +41,12 @@ class Journal:
         """Returns when it is on the disk.
 
         Raises:
-            OSError: it is not.
+            ValueError: this round, or a later one, was written already.
+            OSError: it cannot be written.
         """
         with self._lock:
+            if (round, attempt) <= self._last.get(session.hex(), (0, -1)):
+                raise ValueError("this member took part in this round, or a later one, already")
             self._last[session.hex()] = (round, attempt)
             if self._path is None:
                 return

@@ -49,8 +49,8 @@ class Roster:
         min_rows: that each member trains on, at least.
         bound: a change is clipped to this L2 norm before it is added.
         max_weight: rows count up to so many.
-        noise: standard deviation of the noise in the sum of ``min_members`` or more, in units of
-            ``bound``: each member adds its part before it masks.
+        noise: standard deviation of the noise in the sum of ``min_members`` or more, that of
+            colluders not counted, in units of ``bound``: each member adds its part before it masks.
     """
 
     id: str
@@ -99,8 +99,8 @@ class Roster:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the noise that one member adds."""
-        return float(self.noise * self.bound / self.min_members**0.5)
+        """Standard deviation of the noise that one member adds; colluders know their own."""
+        return float(self.noise * self.bound / (self.min_members - self.max_colluders) ** 0.5)
 
     @property
     def reach(self) -> float:
@@ -201,5 +201,5 @@ def load_roster(path: str | Path) -> SignedRoster:
         if roster.pop("form") != _FORM:
             raise ValueError(f"it is not of the form {_FORM}")
         return SignedRoster(Roster(**roster), str(told["signature"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no roster: {error}") from None

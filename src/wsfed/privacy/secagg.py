@@ -205,7 +205,7 @@ class Member:
         floor = least_threshold(roster.min_members)
         if numbers.threshold < floor:
             raise self._abort(f"a threshold of {numbers.threshold} is below {floor}")
-        if numbers.bound != roster.bound or numbers.max_weight > roster.max_weight:
+        if numbers.bound != roster.bound or not 1 <= numbers.max_weight <= roster.max_weight:
             raise self._abort(
                 f"bound {numbers.bound} and weight {numbers.max_weight} are not the roster's: "
                 f"{roster.bound}, at most {roster.max_weight}"
@@ -327,8 +327,11 @@ class Member:
                 4; what it writes has to be ``last_round`` from then on, after a restart, too.
         """
         self._take(2)
-        if len(vector) != self.numbers.length:
-            raise self._abort(f"{len(vector)} elements, where {self.numbers.length} are agreed")
+        if vector.dtype != np.uint32 or vector.shape != (self.numbers.length,):
+            raise self._abort(
+                f"{vector.shape[0]} elements of {vector.dtype}, where {self.numbers.length} elements "
+                "of the ring are agreed"
+            )
         if not set(sealed) < set(self._u1) or self._u in sealed:
             raise self._abort("shares of who has said no keys, or of itself")
         for member, box in sealed.items():
@@ -336,7 +339,7 @@ class Member:
         self._check_count(self._shares, "have shared their secrets")
         assert self._masking is not None
         self._remember = remember
-        remember(self.numbers.round, self.numbers.attempt)
+        self._note(self.numbers.attempt)
         add_mask(vector, _derive(self._self_mask, self._context + b"self"))
         for member in sealed:
             agreed = self._agree(self._masking, member, self._u1[member][1])
@@ -352,6 +355,16 @@ class Member:
         except InvalidTag:
             (name,) = self._names([member])
             raise self._abort(f"what {name!r} has sealed for it cannot be opened", [name]) from None
+
+    def _note(self, attempt: int) -> None:
+        assert self._remember is not None
+        try:
+            self._remember(self.numbers.round, attempt)
+        except ValueError as error:
+            raise self._abort(str(error)) from None
+        except BaseException:
+            self._abort("the round could not be noted")
+            raise
 
     def confirm(self, u3: Iterable[int]) -> bytes:
         """Round 3: a signature under who is in the sum.
@@ -390,8 +403,7 @@ class Member:
         ]
         self._check_count(valid, "have signed that the sum is of the same members")
         # No other attempt at this round: two sums of it may differ by one member.
-        assert self._remember is not None
-        self._remember(self.numbers.round, _LAST_ATTEMPT)
+        self._note(_LAST_ATTEMPT)
         given = {
             member: both[SHARE_BYTES:] if member in self._u3 else both[:SHARE_BYTES]
             for member, both in self._shares.items()

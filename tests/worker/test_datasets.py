@@ -9,9 +9,12 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +23,9 @@ from safetensors.torch import save_file
 
 import wsfed
 from wsfed.errors import DatasetError, QuotaExceeded
-from wsfed.worker.datasets import Dataset, load, parse_option
+from wsfed.worker.datasets import Dataset, load, parse_option, parse_split
+from wsfed.worker.providers import Provider
+from wsfed.worker.transforms import Cast, Rename
 
 IMAGES = torch.arange(12.0).reshape(4, 3)
 LABELS = torch.tensor([3, 1, 2, 0])
@@ -34,6 +39,14 @@ def write_safetensors(path: Path) -> None:
     save_file({"images": IMAGES, "labels": LABELS}, path)
 
 
+def write_parquet(path: Path) -> None:
+    columns = {"images": IMAGES.tolist(), "labels": LABELS.tolist()}
+    pq.write_table(pa.table(columns, pa.schema(PARQUET)), path)
+
+
+PARQUET = {"images": pa.list_(pa.float32(), 3), "labels": pa.int64()}
+
+
 def write_pt(path: Path) -> None:
     torch.save({"images": IMAGES, "labels": LABELS}, path)
 
@@ -41,8 +54,11 @@ def write_pt(path: Path) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     ".npz": write_npz,
     ".safetensors": write_safetensors,
+    ".parquet": write_parquet,
     ".pt": write_pt,
 }
+
+SUFFIXES = [".npz", ".safetensors", ".csv", ".pt", ".parquet", ".txt"]
 
 
 def csv_of(folder: Path, text: str) -> Dataset:
@@ -179,19 +195,20 @@ def test_a_malformed_table_is_told_with_its_line(tmp_path: Path, text: str, says
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".csv", ".pt"])
-def test_a_missing_file_and_a_folder_are_told(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_missing_file_and_an_empty_folder_are_told(tmp_path: Path, suffix: str) -> None:
     assert refusal(tmp_path / f"missing{suffix}") == "there is no such file"
     (tmp_path / f"folder{suffix}").mkdir()
-    assert refusal(tmp_path / f"folder{suffix}") == "this is a folder; give a file"
+    assert refusal(tmp_path / f"folder{suffix}").startswith("there is no image in it")
 
 
 @pytest.mark.parametrize("name", ["rows.xls", "rows"])
 def test_an_unknown_suffix_is_told_with_the_known_ones(tmp_path: Path, name: str) -> None:
-    assert "is not one of .csv .npz .pt .safetensors" in refusal(tmp_path / name)
+    says = "is not one of .csv .npz .pt .safetensors .parquet .txt, and it is no folder"
+    assert says in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".csv", ".pt"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe\x80" * 9, b"PK\x03\x04 cut off"])
 def test_garbage_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"rows{suffix}"
@@ -303,10 +320,154 @@ def test_an_option_is_a_name_and_a_path(text: str, expected: tuple[str, Path]) -
     assert parse_option(text) == expected
 
 
+def test_an_option_may_name_a_function_of_the_owners() -> None:
+    assert parse_option("rows=python:clinic.rows:scans") == (
+        "rows",
+        Provider("clinic.rows", "scans"),
+    )
+    for text in (
+        "python:clinic",
+        "python:clinic:",
+        "python::scans",
+        "python:a-b:c",
+        "python:a:b.c",
+    ):
+        with pytest.raises(ValueError, match="is not python:MODULE:FUNCTION"):
+            parse_option(f"rows={text}")
+
+
 @pytest.mark.parametrize("text", ["digits", "digits=", "=digits.npz", "a b=x.npz", ""])
 def test_an_option_of_another_form_is_told(text: str) -> None:
     with pytest.raises(ValueError, match="is not NAME=PATH"):
         parse_option(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("scans=0.2", ("scans", 0.2, 0)),
+        ("a.b-c=.5,seed=7", ("a.b-c", 0.5, 7)),
+        ("scans=2e-1,seed=0", ("scans", 0.2, 0)),
+    ],
+)
+def test_a_split_is_a_name_a_fraction_and_a_seed(
+    text: str, expected: tuple[str, float, int]
+) -> None:
+    assert parse_split(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "scans", "scans=", "=0.2", "scans=0", "scans=1", "scans=1.5", "scans=-0.2"),
+        *("scans=nan", "scans=x", "scans=0.2,7", "scans=0.2,seed=", "scans=0.2,seed=x"),
+        *("scans=0.2,seed=-1", f"scans=0.2,seed={2**63}", "a b=0.2", "scans=0.2,seed=1,seed=2"),
+    ],
+)
+def test_a_split_of_another_form_is_told(text: str) -> None:
+    with pytest.raises(DatasetError, match="is not NAME=FRACTION") as caught:
+        parse_split(text)
+    assert caught.value.path == text
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+
+def test_transforms_are_done_while_a_file_is_loaded(tmp_path: Path) -> None:
+    write_npz(tmp_path / "rows.npz")
+    steps = [("images", Cast(torch.float64)), ("images", Rename("x"))]
+    rows = load("rows", tmp_path / "rows.npz", transforms=steps)
+    assert list(rows.fields) == ["x", "labels"]
+    assert torch.equal(rows.fields["x"], IMAGES.to(torch.float64))
+
+
+def test_a_field_that_is_not_there_is_told_with_the_file(tmp_path: Path) -> None:
+    write_npz(tmp_path / "rows.npz")
+    with pytest.raises(
+        DatasetError, match="no field 'image'; there is 'images', 'labels'"
+    ) as caught:
+        load("rows", tmp_path / "rows.npz", transforms=[("image", Rename("x"))])
+    assert caught.value.path == str(tmp_path / "rows.npz")
+
+
+# --- training and validation ---------------------------------------------------------------------
+
+
+@given(
+    labels=st.lists(st.integers(-3, 5), min_size=2, max_size=60),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**53),
+    kind=st.sampled_from([torch.int64, torch.float32]),
+)
+def test_each_row_is_in_one_part_and_each_class_has_its_share(
+    labels: list[int], fraction: float, seed: int, kind: torch.dtype
+) -> None:
+    count = len(labels)
+    targets = torch.tensor(labels, dtype=kind)
+    data = Dataset("rows", {"x": torch.arange(count), "labels": targets})
+    expected = round(count * Fraction(str(fraction)))
+    if expected in (0, count):
+        with pytest.raises(DatasetError, match=r"leaves no row to (train|validate) with"):
+            data.split(fraction, seed)
+        return
+    train, validation = data.split(fraction, seed)
+    assert (train.name, validation.name) == ("rows", "rows-validation")
+    assert validation.rows == expected
+    x, y = train.fields["x"].tolist(), validation.fields["x"].tolist()
+    assert sorted(x + y) == list(range(count))
+    assert x == sorted(x) and y == sorted(y)
+    for part in (train, validation):
+        assert torch.equal(part.fields["labels"], targets[part.fields["x"]])
+    if kind is torch.int64:
+        for label in set(labels):
+            share = labels.count(label) * fraction
+            assert abs(int((validation.fields["labels"] == label).sum()) - share) < 1 + 1e-9
+    again = data.split(fraction, seed)
+    for one, other in zip((train, validation), again, strict=True):
+        assert torch.equal(one.fields["x"], other.fields["x"])
+
+
+def test_shares_without_rest_are_exact() -> None:
+    labels = torch.arange(100) % 10
+    for fraction, each in ((0.1, 1), (0.3, 3), (0.7, 7)):
+        _, validation = Dataset("rows", {"labels": labels}).split(fraction, 3)
+        assert validation.fields["labels"].bincount().tolist() == [each] * 10
+
+
+def test_labels_that_are_all_different_do_not_decide_who_validates() -> None:
+    labels = torch.arange(1000)
+    _, validation = Dataset("rows", {"labels": labels}).split(0.1, 0)
+    plain = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:100]
+    assert torch.equal(validation.fields["labels"], plain.sort().values)
+
+
+def test_another_seed_draws_other_rows_and_both_parts_are_copies() -> None:
+    rows = torch.arange(100.0)
+    data = Dataset("rows", {"x": rows}, open=True)
+    one, other = data.split(0.5, 0), data.split(0.5, 1)
+    assert not torch.equal(one[1].fields["x"], other[1].fields["x"])
+    assert one[0].open and one[1].open
+    one[0].fields["x"].zero_()
+    assert torch.equal(rows, torch.arange(100.0))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 2.0, float("nan")])
+def test_a_fraction_that_is_none_is_told(fraction: float) -> None:
+    with pytest.raises(DatasetError, match="between 0 and 1"):
+        Dataset("rows", {"x": IMAGES}).split(fraction)
+
+
+def test_a_name_too_long_for_its_validation_rows_is_told() -> None:
+    with pytest.raises(DatasetError, match="64 at most"):
+        Dataset("n" * 60, {"x": IMAGES}).split(0.5)
+
+
+async def test_a_worker_offers_both_parts() -> None:
+    parts = Dataset("rows", {"x": torch.arange(10)}, open=True).split(0.2, 7)
+    async with wsfed.VirtualWorker("bob", datasets=parts) as bob:
+        train, validation = await bob.dataset("rows"), await bob.dataset("rows-validation")
+        x, y = await train["x"].get(), await validation["x"].get()
+    assert sorted(torch.cat([x, y]).tolist()) == list(range(10))
 
 
 # --- batches -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import signal
 import ssl as ssl_module
 import sys
 import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -22,6 +23,9 @@ import typer
 
 if TYPE_CHECKING:
     from wsfed.privacy.roster import Membership
+    from wsfed.worker.datasets import Dataset
+    from wsfed.worker.providers import Provider
+    from wsfed.worker.transforms import Transform
 
 __all__ = ["parse_size", "worker"]
 
@@ -31,6 +35,8 @@ Examples:
   wsfed worker --id bob --port 8777
 
   wsfed worker --id clinic --dataset scans=scans.npz --max-memory 8GB
+
+  wsfed worker --dataset scans=photos/ --transform scans/images=resize:64 --split scans=0.2
 
   wsfed worker --port 0 --json        # any free port, told as one line of JSON
 
@@ -57,7 +63,25 @@ def worker(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8777,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Offer a file (.npz .safetensors .csv .pt)."),
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Offer a file (.npz .safetensors .csv .parquet .pt .txt), a folder of images, or "
+            "what your own function gives (python:MODULE:FUNCTION, which is imported and run).",
+        ),
+    ] = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME/FIELD=TRANSFORM",
+            help="Change a field while it is loaded, such as scans/images=scale:1/255.",
+        ),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FRACTION",
+            help="Offer this fraction apart, as NAME-validation; ,seed=7 draws other rows.",
+        ),
     ] = None,
     open: Annotated[
         list[str] | None,
@@ -118,8 +142,9 @@ def worker(
         _usage("--id needs a name")
     membership = _membership(id, roster, roster_owner, key, journal)
     node = _node(
-        *(id, dataset or [], open or [], device, max_memory, threads, token_file, direct),
-        membership,
+        id,
+        _offered(dataset or [], transform or [], split or [], open or []),
+        *(open or [], device, max_memory, threads, token_file, direct, membership),
     )
     ssl = _tls(tls_cert, tls_key)
     try:
@@ -138,7 +163,7 @@ worker.__doc__ = inspect.cleandoc(worker.__doc__ or "") + "\n" + EXAMPLES
 
 def _node(
     id: str,
-    datasets: list[str],
+    offered: list[_Offered],
     opened: list[str],
     device: str,
     max_memory: str | None,
@@ -149,30 +174,15 @@ def _node(
 ) -> object:
     import torch
 
-    from wsfed.errors import DatasetError
     from wsfed.node import Node
-    from wsfed.worker.datasets import load, parse_option
 
-    try:
-        named = [parse_option(text) for text in datasets]
-    except ValueError as error:
-        _usage(str(error))
-    names = [name for name, _ in named]
-    if len(set(names)) < len(names):
-        _usage(f"--dataset {max(names, key=names.count)}: that name is given twice")
-    unknown = set(opened) - {name for name, _ in named}
-    if unknown:
-        _usage(f"--open {sorted(unknown)[0]}: there is no --dataset of that name")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         _usage(f"--device {device}: {str(error).splitlines()[0]}")
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        loaded = [load(name, path, open=name in opened, device=device) for name, path in named]
-    except (DatasetError, OSError) as error:
-        _fail(str(error))
+    loaded = [part for each in offered for part in _loaded(each, opened, device)]
     token = _token(token_file) if token_file else None
     size = parse_size(max_memory) if max_memory else None
     return Node(
@@ -184,6 +194,72 @@ def _node(
         direct=direct,
         membership=membership,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Offered:
+    """A data set as the options describe it."""
+
+    name: str
+    source: Path | Provider
+    transforms: list[tuple[str, Transform]]
+    #: Fraction and seed.
+    split: tuple[float, int] | None
+
+
+def _offered(
+    datasets: list[str], transforms: list[str], splits: list[str], opened: list[str]
+) -> list[_Offered]:
+    from wsfed.worker.datasets import parse_option, parse_split
+    from wsfed.worker.transforms import parse_transform
+
+    try:
+        named = [parse_option(text) for text in datasets]
+        steps = [parse_transform(text) for text in transforms]
+        parts = [parse_split(text) for text in splits]
+    except ValueError as error:
+        _usage(str(error))
+    names = [name for name, _ in named]
+    for option, given in (("--transform", steps), ("--split", parts)):
+        for name, *_ in given:
+            if name not in names:
+                _usage(f"{option} {name}: there is no --dataset of that name")
+    validation = [f"{name}-validation" for name, *_ in parts]
+    names += validation
+    if len(set(validation)) < len(validation):
+        twice = max(validation, key=validation.count).removesuffix("-validation")
+        _usage(f"--split {twice}: it is given twice")
+    if len(set(names)) < len(names):
+        _usage(f"--dataset {max(names, key=names.count)}: that name is given twice")
+    unknown = set(opened) - set(names)
+    if unknown:
+        _usage(f"--open {sorted(unknown)[0]}: there is no --dataset of that name")
+    split = {name: (fraction, seed) for name, fraction, seed in parts}
+    return [
+        _Offered(
+            name,
+            source,
+            [step for target, chain in steps if target == name for step in chain],
+            split.get(name),
+        )
+        for name, source in named
+    ]
+
+
+def _loaded(offered: _Offered, opened: list[str], device: str) -> list[Dataset]:
+    from wsfed.errors import DatasetError
+    from wsfed.worker.datasets import load
+    from wsfed.worker.providers import Provider
+
+    if isinstance(offered.source, Provider) and os.getcwd() not in sys.path:
+        # Last: nothing in this folder takes the place of an installed module.
+        sys.path.append(os.getcwd())
+    try:
+        whole = load(offered.name, offered.source, transforms=offered.transforms, device=device)
+        parts = [whole] if offered.split is None else [*whole.split(*offered.split)]
+    except (DatasetError, OSError) as error:
+        _fail(str(error))
+    return [replace(each, open=each.name in opened) for each in parts]
 
 
 def _membership(

@@ -329,8 +329,8 @@ class Member:
         self._take(2)
         if vector.dtype != np.uint32 or vector.shape != (self.numbers.length,):
             raise self._abort(
-                f"{vector.shape[0]} elements of {vector.dtype}, where {self.numbers.length} elements "
-                "of the ring are agreed"
+                f"{vector.shape[0]} elements of {vector.dtype}, where {self.numbers.length} "
+                "elements of the ring are agreed"
             )
         if not set(sealed) < set(self._u1) or self._u in sealed:
             raise self._abort("shares of who has said no keys, or of itself")

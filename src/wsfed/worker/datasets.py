@@ -6,8 +6,16 @@
 ``.csv``          numbers, separated by commas; a header names the columns. The column called
                   ``label``, else ``target``, else ``y`` becomes the field ``labels`` (int64 where
                   all are whole numbers, else float32), the others ``features`` (float32)
+``.parquet``      columns of single numbers as in ``.csv``; a column of lists of one length is a
+                  field of its own
 ``.pt``           a dictionary of tensors, a list of them (fields ``"0"``, ``"1"``, …), or one
                   tensor (field ``"data"``); loaded with ``weights_only``
+``.txt``          a document a line (UTF-8; blank lines are left out): the field ``text``, which the
+                  transform ``tokenise`` makes ``tokens`` and ``lengths``
+a folder          images (``.png .jpg .jpeg .bmp .gif``) in a sub-folder for each class: ``images``
+                  (uint8 ``[rows, channels, height, width]``) and ``labels`` (int64, the place of
+                  the sub-folder's name among all)
+a function        of the owner's (:mod:`wsfed.worker.providers`)
 ================  =================================================================================
 
 All fields have the same number of rows. What is loaded is the worker's own copy: changing the file
@@ -16,30 +24,28 @@ afterwards changes nothing, and neither does what a client writes into a batch.
 
 from __future__ import annotations
 
-import csv
-import math
-import pickle
 import re
-import zipfile
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-import numpy as np
 import torch
 
 from wsfed.errors import DatasetError
 from wsfed.tensors import DTYPE_NAMES
+from wsfed.worker.columns import Columns, Unfit, tensor_of
+from wsfed.worker.formats import LOADERS
+from wsfed.worker.images import load_folder
+from wsfed.worker.providers import Provider, columns_of
+from wsfed.worker.transforms import Transform, transformed
 
-__all__ = ["Dataset", "load", "parse_option"]
+__all__ = ["Dataset", "load", "parse_option", "parse_split"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Fields: TypeAlias = dict[str, torch.Tensor]
-#: Names of the column with the labels, the most telling first: in x, y, label it is the last.
-_LABELS: Final = ("label", "labels", "target", "targets", "y")
 #: Orders of rows that are kept: about as many as there are sessions in the middle of an epoch.
 _ORDERS: Final = 8
 
@@ -139,6 +145,48 @@ class Dataset:
             for tensor in self._chosen(fields)
         )
 
+    def split(self, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """Rows to train with, and rows to validate with, which are called ``<name>-validation``.
+
+        No row is in both, each is in one, and they keep their order. The same fraction and seed
+        choose the same rows. With a field ``labels`` of one int64 a row each class has its share of
+        the validation rows, to a row.
+
+        Args:
+            fraction: of the rows, for validation; above 0 and below 1.
+            seed: what it is drawn with.
+
+        Raises:
+            DatasetError: one of the two would have no rows.
+        """
+        if not 0 < fraction < 1:
+            raise DatasetError(self.name, f"a fraction to split off is between 0 and 1: {fraction}")
+        share = Fraction(str(float(fraction)))  # 0.2 is a fifth, which no binary number is
+        count = round(self.rows * share)
+        if not 0 < count < self.rows:
+            raise DatasetError(
+                self.name,
+                f"{fraction} of {self.rows} rows leaves no row to "
+                f"{'train' if count else 'validate'} with; give another fraction",
+            )
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
+        labels = self.fields.get("labels")
+        if labels is not None and labels.dtype is torch.int64 and labels.ndim == 1:
+            chosen = _stratified(labels.detach().cpu(), order, share, count)
+        else:
+            chosen = order[:count]
+        validation = torch.zeros(self.rows, dtype=torch.bool).index_fill_(0, chosen, True)
+        return (
+            self._part(self.name, ~validation),
+            self._part(f"{self.name}-validation", validation),
+        )
+
+    def _part(self, name: str, chosen: torch.Tensor) -> Dataset:
+        fields = {
+            each: tensor.detach()[chosen.to(tensor.device)] for each, tensor in self.fields.items()
+        }
+        return Dataset(name, fields, self.open)
+
     def _order_of(self, seed: int) -> torch.Tensor:
         # Read once: another session's thread may put its order in at any time.
         for known, order in tuple(self._orders):
@@ -149,13 +197,31 @@ class Dataset:
         return order
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, in memory of torch's own, outside autograd."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+def _stratified(
+    labels: torch.Tensor, order: torch.Tensor, share: Fraction, count: int
+) -> torch.Tensor:
+    """``count`` places, of each class its share of them, the first of the class in that order.
+
+    Shares are rounded by largest remainders; of equal ones the class that comes first in ``order``.
+    """
+    # Rows by class, in their order: the sort is stable.
+    classes = labels[order]
+    by_class = order[torch.sort(classes, stable=True).indices]
+    sizes: list[int] = torch.unique(labels, return_counts=True)[1].tolist()
+    quotas = [size * share for size in sizes]
+    whole = [int(quota) for quota in quotas]
+    groups = torch.split(by_class, sizes)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    heads: list[int] = place[torch.stack([group[0] for group in groups])].tolist()
+    by_rest = sorted(range(len(sizes)), key=lambda each: (whole[each] - quotas[each], heads[each]))
+    for each in by_rest[: count - sum(whole)]:
+        whole[each] += 1
+    return torch.cat([group[:size] for group, size in zip(groups, whole, strict=True)])
 
 
-def parse_option(text: str) -> tuple[str, Path]:
-    """``"scans=/data/scans.npz"`` → name and path.
+def parse_option(text: str) -> tuple[str, Path | Provider]:
+    """``"scans=/data/scans.npz"`` or ``"scans=python:clinic:scans"`` → name, and path or provider.
 
     Raises:
         ValueError: not of that form.
@@ -163,171 +229,99 @@ def parse_option(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not separator or not path or not _NAME.fullmatch(name):
         raise ValueError(f"{text!r} is not NAME=PATH, such as digits=digits.npz")
+    if path.startswith("python:"):
+        return name, Provider.parse(path)
     return name, Path(path).expanduser()
 
 
+def parse_split(text: str) -> tuple[str, float, int]:
+    """``"scans=0.2,seed=7"`` → name, fraction and seed (0 where none is given).
+
+    Raises:
+        DatasetError: not of that form.
+    """
+    name, _, given = text.partition("=")
+    share, comma, seed = given.partition(",seed=")
+    try:
+        fraction, number = float(share), int(seed) if comma else 0
+    except ValueError:
+        fraction, number = 0.0, 0
+    if not _NAME.fullmatch(name) or not 0 < fraction < 1 or not 0 <= number < 2**63:
+        raise DatasetError(
+            text,
+            "this is not NAME=FRACTION or NAME=FRACTION,seed=SEED with a fraction between 0 and 1, "
+            "such as digits=0.2,seed=7",
+        )
+    return name, fraction, number
+
+
 def load(
-    name: str, path: str | Path, *, open: bool = False, device: str | torch.device = "cpu"
+    name: str,
+    path: str | Path | Provider,
+    *,
+    transforms: Sequence[tuple[str, Transform]] = (),
+    open: bool = False,
+    device: str | torch.device = "cpu",
 ) -> Dataset:
     """Load a data set.
 
     Args:
         name: what clients ask for.
-        path: of the file; its suffix tells the format.
+        path: of a file, whose suffix tells the format, or of a folder of images; or the owner's
+            function.
+        transforms: a field's name and what is done to it, one after the other
+            (:mod:`wsfed.worker.transforms`).
         open: whether rows may be fetched.
         device: where it is kept.
 
     Raises:
         DatasetError: the file is missing, malformed, or unfit; the text says what to do.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise DatasetError(str(path), "this is a folder; give a file")
-    suffix = path.suffix.lower()
-    if suffix not in _LOADERS:
-        known = " ".join(sorted(_LOADERS))
-        raise DatasetError(str(path), f"its suffix {path.suffix!r} is not one of {known}")
+    source = path if isinstance(path, Provider) else Path(path)
     try:
-        return Dataset(name, _place(_LOADERS[suffix](path), device), open)
+        columns = transformed(_read(source), transforms)
+        return Dataset(name, _place(columns, device), open)
     except FileNotFoundError:
         raise DatasetError(str(path), "there is no such file") from None
     except OSError as error:
         raise DatasetError(str(path), error.strerror or str(error)) from None
     except MemoryError:
         raise DatasetError(str(path), "it does not fit into this machine's memory") from None
-    except _Unfit as error:
-        raise DatasetError(str(path), str(error)) from None
+    except Unfit as error:
+        raise DatasetError(str(path), str(error)) from error.__cause__
     except DatasetError as error:
         raise DatasetError(str(path), error.reason) from None
     except Exception as error:  # what the formats' readers raise for damaged bytes has no end
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise DatasetError(str(path), f"it is damaged, or no {suffix} file ({reason})") from None
+        form = "cannot be used" if isinstance(source, Provider) else f"no {source.suffix} file"
+        raise DatasetError(str(path), f"it is damaged, or {form} ({reason})") from None
 
 
-def _place(fields: Mapping[str, torch.Tensor], device: str | torch.device) -> _Fields:
+def _read(source: Path | Provider) -> Columns:
+    if isinstance(source, Provider):
+        rows = source()
+        return dict(rows.fields) if isinstance(rows, Dataset) else columns_of(rows)
+    if source.is_dir():
+        return load_folder(source)
+    suffix = source.suffix.lower()
+    if suffix not in LOADERS:
+        known = " ".join(LOADERS)
+        raise Unfit(f"its suffix {source.suffix!r} is not one of {known}, and it is no folder")
+    return LOADERS[suffix](source)
+
+
+def _place(columns: Columns, device: str | torch.device) -> _Fields:
     """Copies of the worker's own: no field shares memory with another, or with the file."""
-    return {
-        name: (_copy(value) if value.layout is torch.strided else value).to(device)
-        for name, value in fields.items()
-    }
-
-
-# --- one function a format -----------------------------------------------------------------------
-
-
-class _Unfit(Exception):
-    """The file can be read, and is not what it has to be; the text says why."""
-
-
-def _load_npz(path: Path) -> _Fields:
-    with path.open("rb") as file:  # numpy leaves a damaged file open that it opened itself
-        if file.read(6) == b"\x93NUMPY":
-            raise _Unfit("it holds one array without a name; write it with numpy.savez")
-        if not zipfile.is_zipfile(file):
-            raise _Unfit("it is no .npz file; write it with numpy.savez")
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: _from_numpy(archive, name) for name in archive.files}
-
-
-def _from_numpy(archive: Any, name: str) -> torch.Tensor:
-    try:
-        values = archive[name]
-    except ValueError as error:
-        if "allow_pickle" not in str(error):
-            raise
-        raise _Unfit(
-            f"field {name!r} holds Python objects, which are never unpickled; save plain arrays"
-        ) from None
-    if not isinstance(values, np.ndarray):
-        raise _Unfit(f"{name!r} in it is no array; write it with numpy.savez")
-    try:
-        return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
-    except TypeError:
-        raise _Unfit(f"field {name!r} is {values.dtype}; encode it as numbers first") from None
-
-
-def _load_safetensors(path: Path) -> _Fields:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise _Unfit("safetensors is not installed: pip install 'wsfed[safetensors]'") from None
-    return dict(load_file(path))
-
-
-def _load_pt(path: Path) -> _Fields:
-    try:
-        value = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError:  # its text advises to load the file without this protection
-        raise _Unfit(
-            "it holds more than tensors, or is no .pt file; torch.save a dictionary of tensors"
-        ) from None
-    if isinstance(value, torch.Tensor):
-        return {"data": value}
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value))
-    if isinstance(value, dict) and all(isinstance(each, torch.Tensor) for each in value.values()):
-        return {str(name): each for name, each in value.items()}
-    raise _Unfit("it is no tensor, and no dictionary or list of nothing but tensors")
-
-
-def _load_csv(path: Path) -> _Fields:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        return _read_table((reader.line_num, row) for row in reader if row)
-
-
-def _read_table(lines: Iterator[tuple[int, list[str]]]) -> _Fields:
-    line, first = next(lines, (0, []))
-    if not first:
-        raise _Unfit("it is empty")
-    header = None if all(_number(cell) is not None for cell in first) else first
-    if header is None and all(math.isnan(float(cell)) for cell in first):
-        raise _Unfit(f"line {line} is nothing but nan: no names, and no numbers")
-    # Not lists of rows: those would take ten times the memory.
-    values = array("d", () if header else _numbers(line, first, len(first)))
-    for line, row in lines:
-        values.extend(_numbers(line, row, len(first)))
-    if not values:
-        raise _Unfit("it has a header and no rows")
-    table = torch.frombuffer(values, dtype=torch.float64).view(-1, len(first))
-    return _columns(table, [name.strip().lower() for name in header or ()])
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
-def _numbers(line: int, row: Sequence[str], width: int) -> list[float]:
-    if len(row) != width:
-        raise _Unfit(f"line {line} has {len(row)} columns where the first has {width}")
-    numbers = []
-    for cell in row:
-        number = _number(cell)
-        if number is None:
-            raise _Unfit(
-                f"line {line}: {cell[:40]!r} is no number; separate columns by commas, "
-                "write nan for what is missing, and encode text as numbers"
-            )
-        numbers.append(number)
-    return numbers
-
-
-def _columns(table: torch.Tensor, names: Sequence[str]) -> _Fields:
-    place = next((names.index(name) for name in _LABELS if name in names), None)
-    others = [column for column in range(table.shape[1]) if column != place]
-    fields = {"features": table[:, others].to(torch.float32)} if others else {}
-    if place is not None:
-        labels = table[:, place]
-        # Up to 2 ** 53 a float64 holds every whole number; this is false for nan and inf, too.
-        whole = bool(((labels == labels.round()) & (labels.abs() <= 2**53)).all())
-        fields["labels"] = labels.to(torch.int64 if whole else torch.float32)
+    fields: _Fields = {}
+    for name in list(columns):
+        try:
+            value = tensor_of(columns.pop(name))  # so that the original goes when the copy is there
+        except Unfit as error:
+            raise Unfit(f"field {name!r}: {error}") from None
+        fields[name] = (_copy(value) if value.layout is torch.strided else value).to(device)
     return fields
 
 
-_LOADERS: Final[Mapping[str, Callable[[Path], _Fields]]] = MappingProxyType(
-    {".npz": _load_npz, ".safetensors": _load_safetensors, ".csv": _load_csv, ".pt": _load_pt}
-)
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, in memory of torch's own, outside autograd."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" \
         "$(grep '^torch==' constraints.txt)+${TORCH_INDEX##*/}"
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
-RUN pip install --no-cache-dir --constraint constraints.txt ".[safetensors]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[data,safetensors,secagg]"
 
 # Nothing here needs more than an ordinary user.
 RUN useradd --create-home --uid 10001 worker

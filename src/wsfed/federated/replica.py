@@ -76,6 +76,7 @@ class Replica:
         self._load, self._load_correction = Plan(self._loaded), Plan(self._corrected)
         self._clip = Plan(self._clipped)
         self.step, self.judge = Plan(self._stepped), Plan(self._judged)
+        self._traffic: tuple[int, int] = worker.traffic
         self._slopes: dict[int, Plan[..., Any]] = {}
         #: The values that were given last, as pointers, and what they can be told by.
         self._sent: list[Any] = []
@@ -84,6 +85,11 @@ class Replica:
     def _copies(self) -> dict[str, Any]:
         with torch.no_grad():
             return {name: each.detach().clone() for name, each in self._trained.items()}
+
+    def take_traffic(self) -> tuple[int, int]:
+        """Bytes to and from the worker since this was asked last."""
+        before, self._traffic = self._traffic, self.worker.traffic
+        return self._traffic[0] - before[0], self._traffic[1] - before[1]
 
     # --- values ---
 

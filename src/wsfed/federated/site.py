@@ -29,8 +29,8 @@ class Report:
         reply: for the strategy.
         loss: mean over the batches that it trained on, weighted by rows.
         seconds: from the first command to the last byte of the answer.
-        bytes_up: to the worker.
-        bytes_down: from it.
+        bytes_up: to the worker, of its sites together since another one has reported.
+        bytes_down: from it, likewise.
     """
 
     reply: Reply
@@ -40,10 +40,31 @@ class Report:
     bytes_down: int
 
 
+@dataclass(slots=True)
+class _Issued:
+    """What a site was told to do, and what has come of it so far.
+
+    Attributes:
+        run: over its rows.
+        asked: for the values that the run leaves.
+        within: whether the change was within its bound.
+        loss_before: of the model that was given.
+        losses: of the run's batches, once it is over.
+        values: that it has left, by name.
+    """
+
+    run: Any
+    asked: Any = None
+    within: Awaitable[torch.Tensor] | None = None
+    loss_before: float | None = None
+    losses: torch.Tensor | None = None
+    values: State | None = None
+
+
 class Site:
     """A data set, and the replica of the model that is trained on it.
 
-    Sites of one worker share its replica, so they take turns.
+    Sites of one worker share its replica, so they take turns in telling it what to do.
 
     Args:
         name: who this is.
@@ -130,38 +151,68 @@ class Site:
         Raises:
             WsfedError: the worker is lost, or an operation failed there.
         """
+        begun = time.perf_counter()
         async with self._turns:
-            begun, before = time.perf_counter(), self.worker.traffic
-            replica = self._replica
-            replica.give(state, terms)
-            self.worker.manual_seed(self._recipe.draws(self.name, round))
-            within: Awaitable[torch.Tensor] | None = None
-            loss_before = await self._loss_of_rows() if strategy.wants_loss_before else None
-            replica.model.train()
-            if strategy.wants_gradients:
-                run, asked = self._dataset.run(replica.slope(self.rows), **self._whole()), None
-            else:
-                run = self._dataset.run(replica.step, **self._batches(round))
-                within = None if clip is None else replica.clip(clip)
-                asked = replica.ask() if fetch else None
-            losses = await _finished(run, asked, self.name, progress)
-            state_there: State = {}
-            if fetch:
-                values = await (asked if asked is not None else replica.ask_slope())
-                state_there = replica.named(values)
-            after = self.worker.traffic
-            reply = Reply(
-                self.name,
-                state_there,
-                self.rows,
-                steps=len(losses),
-                loss_before=loss_before,
-                within=None if within is None else bool(await within),
-            )
-            mean = self._mean(losses, self.rows)
-            return Report(
-                reply, mean, time.perf_counter() - begun, after[0] - before[0], after[1] - before[1]
-            )
+            issued = await self._issue(state, terms, round, strategy, fetch=fetch, clip=clip)
+            # The session is in order: the next site can be told what to do, where this one leaves
+            # nothing here that is not settled yet (an optimizer's counts, gradients to ask for).
+            if strategy.wants_gradients or self._replica.optimizer.state:
+                await self._finish(issued, strategy, progress, fetch=fetch)
+        if issued.values is None:
+            await self._finish(issued, strategy, progress, fetch=fetch)
+        return await self._report(issued, time.perf_counter() - begun)
+
+    async def _issue(
+        self,
+        state: State,
+        terms: LocalTerms,
+        round: int,
+        strategy: Strategy,
+        *,
+        fetch: bool,
+        clip: float | None,
+    ) -> _Issued:
+        replica = self._replica
+        replica.give(state, terms)
+        self.worker.manual_seed(self._recipe.draws(self.name, round))
+        loss_before = await self._loss_of_rows() if strategy.wants_loss_before else None
+        replica.model.train()
+        if strategy.wants_gradients:
+            run = self._dataset.run(replica.slope(self.rows), **self._whole())
+            return _Issued(run, loss_before=loss_before)
+        run = self._dataset.run(replica.step, **self._batches(round))
+        within = None if clip is None else replica.clip(clip)
+        return _Issued(run, replica.ask() if fetch else None, within, loss_before)
+
+    async def _finish(
+        self,
+        issued: _Issued,
+        strategy: Strategy,
+        progress: Callable[[str, Any], None] | None,
+        *,
+        fetch: bool,
+    ) -> None:
+        """Wait for what was issued."""
+        issued.losses = await _finished(issued.run, issued.asked, self.name, progress)
+        asked = issued.asked
+        if fetch and strategy.wants_gradients:
+            asked = self._replica.ask_slope()
+        issued.values = {} if asked is None else self._replica.named(await asked)
+
+    async def _report(self, issued: _Issued, seconds: float) -> Report:
+        assert issued.losses is not None
+        assert issued.values is not None
+        reply = Reply(
+            self.name,
+            issued.values,
+            self.rows,
+            steps=len(issued.losses),
+            loss_before=issued.loss_before,
+            within=None if issued.within is None else bool(await issued.within),
+        )
+        return Report(
+            reply, self._mean(issued.losses, self.rows), seconds, *self._replica.take_traffic()
+        )
 
     def contributor(self, strategy: Strategy) -> Contributor:
         """As a member of a round of secure aggregation, once it has trained."""

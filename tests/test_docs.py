@@ -21,7 +21,7 @@ PROGRAMS = [
     for number, program in enumerate(
         re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     )
-]
+] + [pytest.param(page.read_text(), id=page.name) for page in (ROOT / "examples").glob("*.py")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

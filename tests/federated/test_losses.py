@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 import wsfed
 from wsfed import federated
+from wsfed.federated.network import Network, Setup
+from wsfed.federated.recipe import Recipe
 from wsfed.testing import worker_process
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -155,6 +157,26 @@ async def test_late_replies_count_in_a_later_round() -> None:
     late = [site for each in history for site in each.sites if site.site == "slow"]
     assert any(site.outcome == "used" and site.staleness > 0 for site in late)
     assert all(site.outcome == "used" for site in late)
+
+
+async def test_a_site_whose_connection_is_down_is_not_asked(eight: list[str]) -> None:
+    setup = Setup("points", None, Recipe(F.cross_entropy, SGD))
+    opened = [partial(wsfed.connect, url) for url in eight[:3]]
+    async with Network(opened, nn.Linear(4, 2), setup) as network:
+        link = network.sites[1].worker.link
+        link._is_connected = False
+        assert [each.site for each in network.candidates] == ["node-0", "node-2"]
+        await network.settle(2)  # enough are there
+        waiting = asyncio.create_task(network.settle(3))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        link._is_connected = True
+        await waiting
+        assert len(network.candidates) == 3
+        await network.sites[0].worker.close()
+        await network.settle(3)  # nobody tries to get that one back
+        assert [each.site for each in network.candidates] == ["node-1", "node-2"]
+        assert network.lost == {"node-0": "its connection is lost"}
 
 
 class _Ending(federated.Callback):

@@ -183,6 +183,11 @@ class Connection(Link):
         """The session is over."""
         return self._dead is not None
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now; a session without one tries to get it back."""
+        return self._is_connected
+
     async def _run(self) -> None:
         try:
             await self._keep_connected()

@@ -62,6 +62,11 @@ class Worker:
         return self._connection.sent_bytes, self._connection.received_bytes
 
     @property
+    def connected(self) -> bool:
+        """Whether there is a connection now; a session without one tries to get it back."""
+        return self._connection.connected
+
+    @property
     def closed(self) -> bool:
         """Whether the session is over."""
         return self._connection.closed

@@ -159,6 +159,7 @@ async def fit(
         evaluate,
         evaluate_every,
         strategy.min_replies,
+        min_workers,
         *await asyncio.to_thread(_spent, privacy, sampler, begin.rounds),
     )
     try:
@@ -301,6 +302,7 @@ class _Training:
     evaluate: Callable[[nn.Module], Any] | None
     evaluate_every: int
     at_once: int
+    min_sites: int
     budget: Budget | None
     rate: float
 
@@ -327,6 +329,7 @@ class _Training:
                     break
             if network.lost:
                 await network.reopen()
+            await network.settle(self.min_sites)
             selection = running.select(number)
             for each in self.callbacks:
                 each.round_begins(number, list(selection.chosen))

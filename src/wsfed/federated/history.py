@@ -130,17 +130,18 @@ class History(Sequence[Round]):
         return ["loss", *self.metric_names, "seconds", "bytes"]
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        rows = []
+        rows, most = [], max((each.bytes for each in self), default=0)
+        unit, size = ("MB", 1e6) if most >= 1e5 else ("kB", 1e3)
         for each in self:
             used = sum(site.outcome == "used" for site in each.sites)
             numbers = [_shown(each.metrics.get(name)) for name in self.metric_names]
             rows.append(
                 [
                     *(str(each.number), f"{used}/{len(each.sites)}", _shown(each.loss), *numbers),
-                    *(f"{each.seconds:.2f}", f"{each.bytes / 1e6:.2f}"),
+                    *(f"{each.seconds:.2f}", f"{each.bytes / size:.2f}"),
                 ]
             )
-        return ["round", "sites", "loss", *self.metric_names, "seconds", "MB"], rows
+        return ["round", "sites", "loss", *self.metric_names, "seconds", unit], rows
 
     def __repr__(self) -> str:
         from rich.console import Console

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
@@ -23,6 +23,9 @@ __all__ = ["LOST", "Network", "Opener", "Setup"]
 
 #: What tells that a worker is gone, and not that training is wrong.
 LOST = (ConnectionLost, SessionLost)
+
+#: Seconds between looks at connections that come back.
+_PAUSE: Final = 0.05
 
 #: Opens a connection to a worker: ``partial(wsfed.connect, url)``.
 Opener: TypeAlias = Callable[[], AbstractAsyncContextManager[Any]]
@@ -166,9 +169,24 @@ class Network:
         """Why the others are not, by site."""
         return {name: p.lost for p in self._places if p.lost for name in p.names}
 
+    async def settle(self, needed: int) -> None:
+        """Wait until so many sites have a connection, or nobody tries to get one any more."""
+        # There is no event for it: any of several connections may come back, or none.
+        while len(self.candidates) < needed and self._trying():  # noqa: ASYNC110
+            await asyncio.sleep(_PAUSE)
+
+    def _trying(self) -> bool:
+        trying = False
+        for place in self._places:
+            if place.sites and place.worker.closed:
+                self.lose(place.worker, "its connection is lost")
+            elif place.sites and not place.worker.connected:
+                trying = True
+        return trying
+
     @property
     def candidates(self) -> list[Candidate]:
-        """The sites that are there, for a sampler."""
+        """The sites that are there and have a connection, for a sampler."""
         return [
             Candidate(
                 site.name,
@@ -177,6 +195,7 @@ class Network:
                 site.worker.id,
             )
             for site in self.sites
+            if site.worker.connected
         ]
 
     def lose(self, worker: Any, reason: str) -> None:

@@ -21,7 +21,7 @@ import wsfed
 @pytest.mark.processes
 @pytest.mark.blocking
 async def test_rounds_are_measured_beside_a_bare_loop_that_trains_too() -> None:
-    (found,) = await cases.overhead(options_of(["--rounds", "2", "--workers", "2"]))
+    (found,) = await cases.overhead(options_of(["--rounds", "2", "--workers", "1"]))
     figures = {row.what: row.figures for row in found.rows}
     for ours, floor in (figures["a round"], figures["of which the slowest site"]):
         assert isinstance(ours, float)

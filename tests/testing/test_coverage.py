@@ -38,19 +38,19 @@ def failures(outcomes: Iterable[Outcome]) -> tuple[int, list[str]]:
 
 
 def test_operators(worker: sync.Worker) -> None:
-    ran, failed = failures(coverage.operators(worker, most=2))
+    ran, failed = failures(coverage.operators(worker, most=1))
     assert not failed, "\n".join(failed)
     assert ran >= 0.95 * 702
 
 
 def test_modules(worker: sync.Worker) -> None:
-    ran, failed = failures(coverage.modules(worker, most=3))
+    ran, failed = failures(coverage.modules(worker, most=2))
     assert not failed, "\n".join(failed)
     assert ran >= 114
 
 
 def test_optimizers(worker: sync.Worker) -> None:
-    ran, failed = failures(coverage.optimizers(worker))
+    ran, failed = failures(coverage.optimizers(worker, most=3))
     assert not failed, "\n".join(failed)
     assert ran >= 14
 

@@ -139,6 +139,7 @@ class Rounds:
         self._dp = privacy if isinstance(privacy, DP) else None
         self._noise = Noise()
         self.state, self.memory = state, memory
+        self._order = list(state)
         self._network, self._strategy, self._sampler = network, strategy, sampler
         self._closing, self._buffers, self._seed = closing, buffers, seed
         self._progress = progress
@@ -218,7 +219,7 @@ class Rounds:
             and not (strategy.wants_gradients and name in self._buffers)
         ]
         length = sum(self.state[name].numel() for name in names)
-        model = await asyncio.to_thread(hash_of, list(self.state.values()))
+        model = await asyncio.to_thread(hash_of, [self.state[name] for name in self._order])
         made = await secure.mean(number, list(contributors.values()), length, model)
         self.state, self.memory = await asyncio.to_thread(
             self._conclude, strategy, names, made.mean
@@ -242,7 +243,8 @@ class Rounds:
         return strategy.conclude(self.state, self.memory, whole, self._buffers)
 
     def _sites(self, selection: Selection) -> list[Site]:
-        return [site for site in self._network.sites if site.name in selection.chosen]
+        chosen = set(selection.chosen)
+        return [site for site in self._network.sites if site.name in chosen]
 
     def _start(self, site: Site, number: int) -> None:
         terms = self._strategy.local_terms(self.memory, site.name)

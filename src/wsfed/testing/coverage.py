@@ -369,11 +369,14 @@ class _Module:
 # --- optimizers ----------------------------------------------------------------------------------
 
 
-def optimizers(worker: Worker, *, names: Iterable[str] | None = None) -> Iterator[Outcome]:
+def optimizers(
+    worker: Worker, *, most: int | None = None, names: Iterable[str] | None = None
+) -> Iterator[Outcome]:
     """Run torch's database of optimizers, ``optim_db``: some steps, parameters and state.
 
     Args:
         worker: a blocking worker.
+        most: settings of an optimizer; ``None`` for all.
         names: of the optimizers that are wanted; by default all.
     """
     from torch.testing._internal.common_optimizers import optim_db
@@ -386,7 +389,7 @@ def optimizers(worker: Worker, *, names: Iterable[str] | None = None) -> Iterato
             continue
         outcome = Outcome(name, excluded=EXCLUDED.get(f"torch.optim.{name}", ""))
         if not outcome.excluded:
-            for sample in info.optim_inputs_func(device="cpu"):
+            for sample in itertools.islice(info.optim_inputs_func(device="cpu"), most):
                 run = _Optimizer(worker, kind, sample.kwargs)
                 outcome.add("training", run.check)
         yield outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,30 @@ PROGRAMS = [
 ] + [pytest.param(page.read_text(), id=page.name) for page in (ROOT / "examples").glob("*.py")]
 
 
+@pytest.mark.blocking
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_of_the_documentation_runs(program: str, tmp_path: Path) -> None:
+def test_a_program_of_the_documentation_runs(
+    program: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "program.py"
     file.write_text(program)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(file), run_name="__main__")
+    said = capfd.readouterr()
+    assert said.out
+    assert not said.err
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "examples" / "first.py"])
+def test_the_first_program_runs_by_itself(page: Path, tmp_path: Path) -> None:
+    text = page.read_text()
+    file = tmp_path / "program.py"
+    file.write_text(
+        re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[0] if page.suffix == ".md" else text
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error", file],
         capture_output=True,

@@ -64,3 +64,14 @@ async def test_a_few_bytes_cannot_ask_for_gigabytes() -> None:
 def test_values_that_tell_a_size_are_asked(name: str, args: tuple[Any, ...], nbytes: int) -> None:
     assert ResultSizes().of(lookup(name), args, {}) == nbytes
     assert lookup(name).call(*args).nbytes == nbytes
+
+
+def test_an_ordinary_step_needs_no_meta_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's meta kernels of these load its compiler, which takes seconds, at the first one."""
+    monkeypatch.setattr("wsfed.worker.sizes._infer", lambda *_: pytest.fail("it was asked"))
+    known = ResultSizes()
+    rows, weight, labels = torch.randn(512, 784), torch.randn(1000, 784), torch.zeros(512).long()
+    linear, loss = OPS["torch.nn.functional.linear"], OPS["torch.nn.functional.cross_entropy"]
+    assert known.of(linear, (rows, weight, torch.zeros(1000)), {}) == 512 * 1000 * 4
+    options = {"weight": None, "ignore_index": -100, "reduction": "none", "label_smoothing": 0.0}
+    assert known.of(loss, (torch.randn(512, 1000), labels), options) == 0

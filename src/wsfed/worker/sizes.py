@@ -60,6 +60,8 @@ _BY_VALUES: Final[Mapping[str, Callable[..., int]]] = MappingProxyType(
 )
 
 
+#: No larger than the labels they are given: nothing is broadcast in them.
+_NO_LARGER: Final = frozenset({"torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss"})
 #: Asked for at every turn, and its meta kernel loads torch's compiler, which takes seconds.
 _LINEAR: Final = "torch.nn.functional.linear"
 
@@ -83,7 +85,7 @@ class ResultSizes:
         """Bytes of results that are new memory; 0 where they cannot be many or are not known."""
         if (by_values := _BY_VALUES.get(op.name)) is not None:
             return _asked(by_values, args, kwargs)
-        if op.inplace or (not kwargs and _are_few(args)):
+        if op.inplace or op.name in _NO_LARGER or (not kwargs and _are_few(args)):
             return 0
         leaves = list(_leaves((*args, *kwargs.values())))
         if _bound(leaves) <= _SMALL:

@@ -3,24 +3,24 @@ distributed learning in Byzantium*, section 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from wsfed.federated.strategies.fedmedian import median
 from wsfed.federated.strategies.krum import krum_scores
 from wsfed.federated.strategies.stacking import (
+    RobustStrategy,
     by_coordinate,
     check_byzantine,
-    check_replies,
     squared_distances,
 )
-from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
+from wsfed.federated.strategies.strategy import Reply, State
 
 __all__ = ["Bulyan"]
 
 
-class Bulyan(Strategy):
+class Bulyan(RobustStrategy):
     """Replies are chosen by Krum, and each coordinate is a mean of those of their middle values.
 
     Of ``n`` replies ``theta = n - 2 * byzantine`` are chosen one after the other, each the best of
@@ -37,28 +37,15 @@ class Bulyan(Strategy):
         ValueError: ``byzantine`` is negative or not an integer.
     """
 
-    tolerates_garbage = True
-
     def __init__(self, byzantine: int) -> None:
         check_byzantine(byzantine)
         self.byzantine = byzantine
         self.min_replies = 4 * byzantine + 3
 
-    def aggregate(
-        self,
-        state: State,
-        memory: Memory,
-        replies: Sequence[Reply],
-        buffers: Collection[str] = (),
-    ) -> tuple[State, Memory]:
-        """See the class; buffers are dealt with alike.
-
-        Raises:
-            ValueError: there are fewer replies than ``min_replies``, or one does not fit the model.
-        """
-        check_replies(self, state, replies)
+    def combine(self, state: State, replies: Sequence[Reply]) -> State:
+        """See the class; buffers are dealt with alike."""
         chosen = [replies[index] for index in self._choose(squared_distances(replies))]
-        return by_coordinate(state, chosen, self._around_the_median), memory
+        return by_coordinate(state, chosen, self._around_the_median)
 
     def _choose(self, squares: torch.Tensor) -> list[int]:
         left, chosen = list(range(len(squares))), list[int]()

@@ -3,12 +3,12 @@ optimal statistical rates*, algorithm 1, option I)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from wsfed.federated.strategies.stacking import by_coordinate, check_replies
-from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
+from wsfed.federated.strategies.stacking import RobustStrategy, by_coordinate
+from wsfed.federated.strategies.strategy import Reply, State
 
 __all__ = ["FedMedian", "median"]
 
@@ -23,7 +23,7 @@ def median(ordered: torch.Tensor) -> torch.Tensor:
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
-class FedMedian(Strategy):
+class FedMedian(RobustStrategy):
     """Each coordinate of the next model is the median of the sites'.
 
     Of an even number it is the mean of the two middle values. It is near the honest sites' values
@@ -31,19 +31,6 @@ class FedMedian(Strategy):
     count alike, whatever their rows: the paper assumes equal sizes.
     """
 
-    tolerates_garbage = True
-
-    def aggregate(
-        self,
-        state: State,
-        memory: Memory,
-        replies: Sequence[Reply],
-        buffers: Collection[str] = (),
-    ) -> tuple[State, Memory]:
-        """See the class; buffers become their median.
-
-        Raises:
-            ValueError: there are no replies, or one does not fit the model.
-        """
-        check_replies(self, state, replies)
-        return by_coordinate(state, replies, median), memory
+    def combine(self, state: State, replies: Sequence[Reply]) -> State:
+        """See the class; buffers become their median."""
+        return by_coordinate(state, replies, median)

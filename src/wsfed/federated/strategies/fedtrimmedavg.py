@@ -4,18 +4,18 @@ towards optimal statistical rates*, algorithm 1, option II)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
 
-from wsfed.federated.strategies.stacking import by_coordinate, check_replies
-from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
+from wsfed.federated.strategies.stacking import RobustStrategy, by_coordinate
+from wsfed.federated.strategies.strategy import Reply, State
 
 __all__ = ["FedTrimmedAvg"]
 
 
-class FedTrimmedAvg(Strategy):
+class FedTrimmedAvg(RobustStrategy):
     """Each coordinate of the next model is the mean of the sites' without the extreme values.
 
     Of ``n`` values the ``floor(beta * n)`` smallest and as many of the largest are dropped. So
@@ -30,27 +30,14 @@ class FedTrimmedAvg(Strategy):
         ValueError: ``beta`` is not in [0, 0.5).
     """
 
-    tolerates_garbage = True
-
     def __init__(self, beta: float = 0.2) -> None:
         if not 0 <= beta < 0.5:
             raise ValueError(f"beta has to be in [0, 0.5): {beta}")
         self.beta = beta
 
-    def aggregate(
-        self,
-        state: State,
-        memory: Memory,
-        replies: Sequence[Reply],
-        buffers: Collection[str] = (),
-    ) -> tuple[State, Memory]:
-        """See the class; buffers become their trimmed mean.
-
-        Raises:
-            ValueError: there are no replies, or one does not fit the model.
-        """
-        check_replies(self, state, replies)
-        return by_coordinate(state, replies, self._trimmed_mean), memory
+    def combine(self, state: State, replies: Sequence[Reply]) -> State:
+        """See the class; buffers become their trimmed mean."""
+        return by_coordinate(state, replies, self._trimmed_mean)
 
     def _trimmed_mean(self, ordered: torch.Tensor) -> torch.Tensor:
         count = len(ordered)

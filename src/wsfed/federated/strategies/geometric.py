@@ -4,18 +4,18 @@ algorithm 2: the smoothed Weiszfeld algorithm)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from wsfed.federated.averaging import weighted_mean
-from wsfed.federated.strategies.stacking import check_replies, measured, squared_distances, stack
-from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
+from wsfed.federated.strategies.stacking import RobustStrategy, measured, squared_distances, stack
+from wsfed.federated.strategies.strategy import Reply, State
 
 __all__ = ["GeometricMedian"]
 
 
-class GeometricMedian(Strategy):
+class GeometricMedian(RobustStrategy):
     """The next model has the least mean distance to the sites', weighted by their rows.
 
     With ``a_k`` the share of a site in the rows, it repeats::
@@ -42,8 +42,6 @@ class GeometricMedian(Strategy):
         ValueError: ``tolerance`` is negative, or ``most`` or ``smooth`` is not positive.
     """
 
-    tolerates_garbage = True
-
     def __init__(self, tolerance: float = 1e-6, most: int = 100, smooth: float = 1e-6) -> None:
         if not (0 <= tolerance < math.inf and most >= 1 and 0 < smooth < math.inf):
             raise ValueError(
@@ -52,20 +50,8 @@ class GeometricMedian(Strategy):
             )
         self.tolerance, self.most, self.smooth = tolerance, most, smooth
 
-    def aggregate(
-        self,
-        state: State,
-        memory: Memory,
-        replies: Sequence[Reply],
-        buffers: Collection[str] = (),
-    ) -> tuple[State, Memory]:
-        """See the class; buffers are dealt with alike.
-
-        Raises:
-            ValueError: there are no replies that are finite and have rows, or one does not fit the
-                model.
-        """
-        check_replies(self, state, replies)
+    def combine(self, state: State, replies: Sequence[Reply]) -> State:
+        """See the class; buffers are dealt with alike."""
         counted = [reply for reply in replies if reply.rows > 0 and _is_finite(reply)]
         if not counted:
             raise ValueError(f"none of {len(replies)} replies is finite and has rows")
@@ -74,7 +60,7 @@ class GeometricMedian(Strategy):
         weights = rows / rows.sum()
         pulls = weights / _radii(squared_distances(counted).sqrt(), weights).clamp(min=self.smooth)
         shares = self._shares(points, weights, pulls / pulls.sum())
-        return weighted_mean([reply.state for reply in counted], shares.tolist()), memory
+        return weighted_mean([reply.state for reply in counted], shares.tolist())
 
     def _shares(
         self, points: Sequence[torch.Tensor], weights: torch.Tensor, shares: torch.Tensor

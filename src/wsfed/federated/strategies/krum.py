@@ -3,13 +3,13 @@ Byzantine tolerant gradient descent*, section 4; Multi-Krum is of section 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from wsfed.federated.averaging import weighted_mean
-from wsfed.federated.strategies.stacking import check_byzantine, check_replies, squared_distances
-from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
+from wsfed.federated.strategies.stacking import RobustStrategy, check_byzantine, squared_distances
+from wsfed.federated.strategies.strategy import Reply, State
 
 __all__ = ["Krum", "MultiKrum", "krum_scores"]
 
@@ -30,7 +30,7 @@ def krum_scores(squares: torch.Tensor, byzantine: int) -> torch.Tensor:
     return others.sort(dim=1).values[:, :closest].sum(dim=1)
 
 
-class MultiKrum(Strategy):
+class MultiKrum(RobustStrategy):
     """The next model is the mean of the ``keep`` replies with the best :func:`krum_scores`.
 
     Distances are over all entries together, buffers included, but for integers and flags. Ties go
@@ -46,8 +46,6 @@ class MultiKrum(Strategy):
         ValueError: ``byzantine`` is negative, ``keep`` is not positive, or one is not an integer.
     """
 
-    tolerates_garbage = True
-
     def __init__(self, byzantine: int, keep: int) -> None:
         check_byzantine(byzantine)
         if not isinstance(keep, int) or keep < 1:
@@ -55,22 +53,11 @@ class MultiKrum(Strategy):
         self.byzantine, self.keep = byzantine, keep
         self.min_replies = max(2 * byzantine + 3, keep + byzantine)
 
-    def aggregate(
-        self,
-        state: State,
-        memory: Memory,
-        replies: Sequence[Reply],
-        buffers: Collection[str] = (),
-    ) -> tuple[State, Memory]:
-        """See the class; buffers are those of the same replies.
-
-        Raises:
-            ValueError: there are fewer replies than ``min_replies``, or one does not fit the model.
-        """
-        check_replies(self, state, replies)
+    def combine(self, state: State, replies: Sequence[Reply]) -> State:
+        """See the class; buffers are those of the same replies."""
         scores = krum_scores(squared_distances(replies), self.byzantine)
         best = sorted(scores.argsort(stable=True)[: self.keep].tolist())
-        return weighted_mean([replies[each].state for each in best], [1] * len(best)), memory
+        return weighted_mean([replies[each].state for each in best], [1] * len(best))
 
 
 class Krum(MultiKrum):

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from wsfed.federated.strategies.strategy import Reply, State, Strategy
+from wsfed.federated.strategies.strategy import Memory, Reply, State, Strategy
 
 __all__ = [
+    "RobustStrategy",
     "by_coordinate",
     "check_byzantine",
-    "check_replies",
     "measured",
     "squared_distances",
     "stack",
 ]
+
+
+class RobustStrategy(Strategy):
+    """A strategy for sites of which some may report anything: it looks at all replies together."""
+
+    tolerates_garbage = True
+
+    @abstractmethod
+    def combine(self, state: State, replies: Sequence[Reply]) -> State:
+        """The next model.
+
+        Args:
+            state: the model that the sites were given.
+            replies: at least ``min_replies``, all of the names, shapes and dtypes of ``state``.
+        """
+
+    def aggregate(
+        self,
+        state: State,
+        memory: Memory,
+        replies: Sequence[Reply],
+        buffers: Collection[str] = (),
+    ) -> tuple[State, Memory]:
+        """The next model; buffers are dealt with as what is trained.
+
+        Raises:
+            ValueError: there are fewer replies than ``min_replies``, none that can be used, or one
+                does not fit the model.
+        """
+        _check_replies(self, state, replies)
+        return self.combine(state, replies), memory
 
 
 def check_byzantine(count: int) -> None:
@@ -28,7 +60,7 @@ def check_byzantine(count: int) -> None:
         raise ValueError(f"byzantine has to be an integer that is not negative: {count}")
 
 
-def check_replies(strategy: Strategy, state: State, replies: Sequence[Reply]) -> None:
+def _check_replies(strategy: Strategy, state: State, replies: Sequence[Reply]) -> None:
     """Refuse replies that the strategy cannot work with.
 
     Raises:

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import inspect
 import json
-import platform
 import socket
 import statistics
 import sys
@@ -35,6 +34,7 @@ from torch.distributed import rpc as torch_rpc
 import wsfed
 from benchmarks import ours, rpc, sockets
 from benchmarks.cost import breakdown, growth, memory_of
+from benchmarks.machine import machine
 from benchmarks.tasks import TASKS, Task, write_data
 from wsfed import sync
 from wsfed.testing import worker_process
@@ -152,16 +152,6 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, An
                 results["The same beside so many live pointers, µs"] = growth()
                 results["Memory, MiB"] = await ours.grown(remote, lambda: memory_of(process))
     return results
-
-
-def machine() -> dict[str, str]:
-    """What it ran on."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def free_port() -> int:

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from rich.table import Table
 from benchmarks.federated_anchor import NETWORKS, SETTINGS
 from benchmarks.federated_cases import CASES, Found, Row
 from benchmarks.federated_tasks import CHECKOUT
+from benchmarks.machine import machine
 
 __all__ = ["main", "measure", "page"]
 
@@ -45,16 +45,6 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, li
             show(found, console)
         save(results, options)
     return results
-
-
-def machine() -> dict[str, str]:
-    """What it ran on."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def save(results: Mapping[str, Sequence[Found]], options: argparse.Namespace) -> None:

@@ -6,21 +6,16 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
 
-import msgpack
 import numpy as np
 import torch
 
 from wsfed.errors import SecAggAborted, WsfedError
 from wsfed.federated.contribution import Contributor, SecAgg
 from wsfed.privacy import masks
-from wsfed.privacy.secagg import Collector, Numbers, least_threshold
+from wsfed.privacy.secagg import EXTRA, Collector, Numbers, least_threshold, pack, unpack_table
 
 __all__ = ["SecureMean", "SecureRounds"]
-
-#: Elements behind the values: rows, and a one for each member.
-_EXTRA: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +93,25 @@ class _Attempt:
         most = min(max(each.rows for each in self._contributors), roster.max_weight)
         threshold = max(least_threshold(len(self._contributors)), roster.max_colluders + 2)
         threshold = max(threshold, least_threshold(roster.min_members))
-        numbers = Numbers(session, number, attempt, threshold, length + _EXTRA, roster.bound, most)
+        numbers = Numbers(session, number, attempt, threshold, length + EXTRA, roster.bound, most)
         collector = Collector(roster, numbers, model)
         people = {collector.number_of(each.name): each for each in self._contributors}
         packed = numbers.packed
         await self._step(0, people, lambda _: packed, lambda u, t: collector.add_keys(u, _raw(t)))
-        keys = _pack(collector.all_keys())
+        keys = pack(collector.all_keys())
         there = self._left(people)
         await self._step(1, there, lambda _: keys, lambda u, t: collector.add_shares(u, _table(t)))
         sealed = collector.shares_for()
         there = {u: people[u] for u in sealed}
         await self._step(
-            2, there, lambda u: _pack(sealed[u]), lambda u, t: collector.add_masked(u, _vector(t))
+            2, there, lambda u: pack(sealed[u]), lambda u, t: collector.add_masked(u, _vector(t))
         )
         inside = collector.members_of_sum()
         there = {u: people[u] for u in inside}
-        told = _packed(inside)
+        told = pack(inside)
         await self._step(3, there, lambda _: told, lambda u, t: collector.add_signature(u, _raw(t)))
         signatures = collector.all_signatures()
-        there, signed = {u: people[u] for u in signatures}, _pack(signatures)
+        there, signed = {u: people[u] for u in signatures}, pack(signatures)
         await self._step(
             4, there, lambda _: signed, lambda u, t: collector.add_unmasking(u, _table(t))
         )
@@ -155,23 +150,14 @@ class _Attempt:
             raise SecAggAborted(
                 numbers.round, "masks have not cancelled: members had different keys or models"
             )
-        rows, members = int(total[-_EXTRA]), len(self._roster.members)
-        values = masks.dequantise(total[:-_EXTRA], members, self._roster.reach)
+        rows, members = int(total[-EXTRA]), len(self._roster.members)
+        values = masks.dequantise(total[:-EXTRA], members, self._roster.reach)
         values *= numbers.max_weight / rows
         lost = {name: why for name, why in self._lost.items() if name not in names}
         return SecureMean(torch.from_numpy(values), rows, names, lost)
 
 
-# --- as it travels -------------------------------------------------------------------------------
-
-
-def _packed(value: Any) -> bytes:
-    packed: bytes = msgpack.packb(value)
-    return packed
-
-
-def _pack(table: Mapping[int, bytes]) -> bytes:
-    return _packed([[member, told] for member, told in table.items()])
+# --- what members answer --------------------------------------------------------------------------
 
 
 def _raw(told: torch.Tensor) -> bytes:
@@ -180,11 +166,9 @@ def _raw(told: torch.Tensor) -> bytes:
 
 def _table(told: torch.Tensor) -> dict[int, bytes]:
     try:
-        rows = msgpack.unpackb(_raw(told), max_bin_len=256, max_array_len=128)
-        table = {int(member): bytes(value) for member, value in rows}
-    except Exception:
-        raise SecAggAborted(0, "a member's answer is malformed") from None
-    return table
+        return unpack_table(_raw(told))
+    except ValueError as error:
+        raise SecAggAborted(0, str(error)) from None
 
 
 def _vector(told: torch.Tensor) -> masks.Vector:

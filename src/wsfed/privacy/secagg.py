@@ -37,7 +37,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import msgpack
 import numpy as np
@@ -50,10 +50,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from wsfed.errors import SecAggAborted
 from wsfed.privacy.masks import Vector, add_mask
-from wsfed.privacy.roster import Roster
+from wsfed.privacy.roster import MOST_MEMBERS, Roster
 from wsfed.privacy.shamir import SHARE_BYTES, restore, split
 
-__all__ = ["Collector", "Member", "Numbers", "least_threshold"]
+__all__ = [
+    *("EXTRA", "Collector", "Member", "Numbers", "least_threshold", "pack", "unpack_members"),
+    "unpack_table",
+]
+
+#: Elements behind the values: rows, and a one that tells whether all masks have cancelled.
+EXTRA: Final = 2
 
 _NAME: Final = b"wsfed-secagg/1"
 _KEYS: Final = 128  # two public keys and a signature
@@ -153,6 +159,54 @@ def _is_signed(key: str, signature: bytes, message: bytes) -> bool:
 
 def _pair_info(context: bytes, one: int, other: int) -> bytes:
     return context + b"pair" + struct.pack(">HH", min(one, other), max(one, other))
+
+
+# --- as it travels -------------------------------------------------------------------------------
+
+
+def pack(told: Mapping[int, bytes] | Sequence[int]) -> bytes:
+    """A table by member, or a list of members, as it travels."""
+    plain = [list(row) for row in told.items()] if isinstance(told, Mapping) else list(told)
+    packed: bytes = msgpack.packb(plain)
+    return packed
+
+
+def unpack_table(packed: bytes) -> dict[int, bytes]:
+    """A table by member.
+
+    Raises:
+        ValueError: it is none.
+    """
+    rows = _unpack(packed)
+    is_table = all(
+        type(row) is list and len(row) == 2 and type(row[0]) is int and type(row[1]) is bytes
+        for row in rows
+    )
+    if not is_table or len({row[0] for row in rows}) != len(rows):
+        raise ValueError("malformed step of secure aggregation: no table of members")
+    return dict(rows)
+
+
+def unpack_members(packed: bytes) -> list[int]:
+    """A list of members.
+
+    Raises:
+        ValueError: it is none.
+    """
+    members = _unpack(packed)
+    if not all(type(each) is int for each in members):
+        raise ValueError("malformed step of secure aggregation: no list of members")
+    return members
+
+
+def _unpack(packed: bytes) -> list[Any]:
+    try:
+        told = msgpack.unpackb(packed, max_bin_len=256, max_array_len=MOST_MEMBERS)
+    except Exception as error:
+        raise ValueError(f"malformed step of secure aggregation: {error}") from None
+    if type(told) is not list:
+        raise ValueError("malformed step of secure aggregation: no list")
+    return told
 
 
 # --- who contributes -----------------------------------------------------------------------------

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
 
-import msgpack
 import numpy as np
 import torch
 
 from wsfed.errors import RemoteError
 from wsfed.privacy import masks
 from wsfed.privacy.roster import Membership
-from wsfed.privacy.secagg import Member, Numbers
+from wsfed.privacy.secagg import EXTRA, Member, Numbers, pack, unpack_members, unpack_table
 from wsfed.tensors import describe, hash_of
 
 __all__ = ["SecureRounds"]
-
-#: Elements behind the values: rows, and a one that tells whether all masks have cancelled.
-EXTRA: Final = 2
 
 
 class SecureRounds:
@@ -53,31 +48,41 @@ class SecureRounds:
             SecAggAborted: this member takes no further part in the round.
             RemoteError: what is asked for is malformed, or not what the roster allows.
         """
+        try:
+            return self._step(step, told, rows, values, given)
+        except ValueError as error:  # malformed; what a roster refuses is SecAggAborted
+            raise RemoteError(str(error)) from None
+
+    def _step(
+        self,
+        step: int,
+        told: bytes,
+        rows: int,
+        values: Sequence[torch.Tensor],
+        given: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
         if step == 0:
             return _bytes(self._begin(told, given))
         if (member := self._member) is None:
             raise RemoteError("no round of secure aggregation has begun here")
         if step == 1:
-            return _bytes(_pack(member.share(_table(told))))
+            return _bytes(pack(member.share(unpack_table(told))))
         if step == 2:
             vector = self._vector(member, rows, values, given)
-            sealed = _table(told)
+            sealed = unpack_table(told)
             session = member.numbers.session
             masked = member.mask(
                 sealed, vector, lambda r, a: self._membership.journal.write(session, r, a)
             )
             return torch.from_numpy(masked.view(np.int32))
         if step == 3:
-            return _bytes(member.confirm(_members(told)))
+            return _bytes(member.confirm(unpack_members(told)))
         self._member = None
-        return _bytes(_pack(member.unmask(_table(told))))
+        return _bytes(pack(member.unmask(unpack_table(told))))
 
     def _begin(self, told: bytes, given: Sequence[torch.Tensor]) -> bytes:
         mine = self._membership
-        try:
-            numbers = Numbers.unpack(told)
-        except ValueError as error:
-            raise RemoteError(str(error)) from None
+        numbers = Numbers.unpack(told)
         last = mine.journal.last(numbers.session)
         self._member = None
         self._member = Member(mine.name, mine.key, mine.roster, numbers, hash_of(given), last)
@@ -132,33 +137,3 @@ def _flat(values: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torc
 
 def _bytes(told: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(told), dtype=torch.uint8)
-
-
-def _pack(table: dict[int, bytes]) -> bytes:
-    packed: bytes = msgpack.packb([[member, told] for member, told in table.items()])
-    return packed
-
-
-def _unpack(told: bytes) -> Any:
-    try:
-        return msgpack.unpackb(told, max_bin_len=256, max_array_len=128)
-    except Exception as error:
-        raise RemoteError(f"malformed step of secure aggregation: {error}") from None
-
-
-def _table(told: bytes) -> dict[int, bytes]:
-    rows = _unpack(told)
-    is_table = isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == 2 and type(row[0]) is int and type(row[1]) is bytes
-        for row in rows
-    )
-    if not is_table or len({row[0] for row in rows}) != len(rows):
-        raise RemoteError("malformed step of secure aggregation: no table of members")
-    return dict(rows)
-
-
-def _members(told: bytes) -> list[int]:
-    members = _unpack(told)
-    if not isinstance(members, list) or not all(type(each) is int for each in members):
-        raise RemoteError("malformed step of secure aggregation: no list of members")
-    return members

@@ -17,16 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
+from tests.federated.rows import points
 from wsfed import federated
 from wsfed.federated.dp import DP, Budget, Noise, follow, release
 
 SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-def points(rows: int, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 4, generator=generator)
-    return {"x": x, "y": (x.sum(1) > 0).long()}
 
 
 @pytest.fixture

@@ -15,18 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
+from tests.federated.rows import points
 from wsfed import federated
 from wsfed.federated.recipe import Recipe
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.Adam, lr=0.01)
-
-
-def points(rows: int, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 4, generator=generator)
-    return {"x": x, "y": (x.sum(1) > 0).long()}
 
 
 def network() -> nn.Module:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
+from tests.federated.rows import points
 from wsfed import federated
 from wsfed.federated.network import Network, Setup
 from wsfed.federated.recipe import Recipe
@@ -25,12 +26,6 @@ from wsfed.testing import worker_process
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ARGUMENTS: Any = ("points", F.cross_entropy, SGD)
-
-
-def points(rows: int, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 4, generator=generator)
-    return {"x": x, "y": (x.sum(1) > 0).long()}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
+from tests.federated.rows import points
 from wsfed import federated
 from wsfed.errors import RemoteError
 from wsfed.federated.contribution import Contributor
@@ -28,12 +29,6 @@ NAMES = ("alice", "bob", "carol", "dave", "erin")
 KEYS = {name: new_key() for name in NAMES}
 PUBLIC = {name: public_key(key) for name, key in KEYS.items()}
 ROSTER = Roster("clinics", 1, PUBLIC, bound=5.0)
-
-
-def points(rows: int, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 4, generator=generator)
-    return {"x": x, "y": (x.sum(1) > 0).long()}
 
 
 def member(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -194,10 +193,10 @@ def test_what_would_wrap_around_is_refused(
     values = np.zeros(PART + 2, dtype)
     values[place] = value
 
-    def draw(_: int) -> bytes:
+    def draw() -> np.random.Generator:
         raise AssertionError("it is refused before anything is made")
 
-    monkeypatch.setattr(os, "urandom", draw)
+    monkeypatch.setattr("wsfed.privacy.masks.unforeseeable", draw)
     with pytest.raises(ValueError, match=says):
         quantise(values, 3, 1.0)
 

@@ -9,7 +9,6 @@ who gets the model, and not against the client.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from wsfed.errors import PrivacyBudgetSpent
+from wsfed.privacy.noise import unforeseeable
 
 __all__ = ["CLIP", "DP", "Budget", "Noise", "follow", "release"]
 
@@ -76,10 +76,10 @@ class DP:
 
 
 class Noise:
-    """Numbers that nobody can foresee: Philox, keyed by the machine's entropy."""
+    """Gaussian noise that nobody can foresee."""
 
     def __init__(self) -> None:
-        self._generator = np.random.Generator(np.random.Philox(secrets.randbits(128)))
+        self._generator = unforeseeable()
 
     def add(self, values: torch.Tensor, deviation: float) -> torch.Tensor:
         """Values with Gaussian noise, of the same dtype."""

@@ -7,7 +7,6 @@ over all members fits into 32. What is added modulo 2 ** 32 can be taken away ag
 from __future__ import annotations
 
 import math
-import os
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -15,6 +14,8 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
+
+from wsfed.privacy.noise import unforeseeable
 
 __all__ = ["Vector", "add_mask", "add_noise", "dequantise", "quantise", "scale_of"]
 
@@ -62,7 +63,7 @@ def quantise(values: npt.NDArray[np.floating], members: int, bound: float) -> Ve
             else f"a value of {largest} is beyond the bound of {bound}"
         )
     scale, limit = scale_of(members, bound), math.floor(scale_of(members, bound) * bound + 0.5)
-    generator = _unforeseeable()
+    generator = unforeseeable()
     made = np.empty(len(values), np.uint32)
     for start in range(0, len(values), _PART):
         part = slice(start, start + _PART)
@@ -81,16 +82,11 @@ def add_noise(values: npt.NDArray[np.float64], deviation: float, reach: float) -
         deviation: standard deviation of the noise.
         reach: values stay within ``[-reach, reach]``.
     """
-    generator = _unforeseeable()
+    generator = unforeseeable()
     for start in range(0, len(values), _PART):
         part = values[start : start + _PART]
         part += generator.normal(0.0, deviation, len(part))
         np.clip(part, -reach, reach, out=part)
-
-
-def _unforeseeable() -> np.random.Generator:
-    """Philox, keyed by the machine's entropy."""
-    return np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16), "big")))
 
 
 def dequantise(total: Vector, members: int, bound: float) -> npt.NDArray[np.float64]:

@@ -15,6 +15,8 @@ from wsfed.privacy.roster import Roster, public_key
 from wsfed.privacy.secagg import Collector, Member, Numbers, least_threshold
 
 SESSION = bytes(range(16))
+#: No attempt at a round comes after it.
+LAST_ATTEMPT = 2**32 - 1
 MODEL = bytes([7]) * 32
 
 
@@ -183,3 +185,13 @@ def play(
     one.gone |= leave.get(4, set())
     total, names = one.unmask()
     return total.tolist(), names, one
+
+
+def holds_nothing(member: Member) -> bool:
+    return (
+        member._sealing is None
+        and member._masking is None
+        and not member._self_mask
+        and not member._shares
+        and not member._agreed
+    )

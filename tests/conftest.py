@@ -97,3 +97,12 @@ def loops_are_called_from_their_threads(monkeypatch: pytest.MonkeyPatch) -> None
         return call_soon(loop, *args, **options)
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon", checked)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads may sum up in another order each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

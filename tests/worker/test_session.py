@@ -196,6 +196,7 @@ def test_a_log_played_again_makes_the_same_instructions_and_replies() -> None:
     kinds = [type(event) for _, event in log]
     assert kinds == [Arrived, Done, Arrived, Done, Arrived, Done, PeerLost]
     second = Worker()
+    # The log is of any length; that something is in it was asserted above.
     for now, event in log:
         second.handle(event, now)
     assert second.instructions == first.instructions

@@ -110,7 +110,8 @@ def _by_shadows(call: _Call, kind: str, *looked: type[Exception]) -> Inferred:
     try:
         result = call.run(shadows, device)
     except _WRONG as error:
-        # Some of torch's functions look at values without saying NotImplemented.
+        # Some of torch's functions look at values and raise a plain RuntimeError that names the
+        # meta tensor; there is nothing but its text to tell it by.
         if isinstance(error, (NotImplementedError, *looked)) or "meta tensor" in str(error):
             return _by_example(call, str(error))
         if values:

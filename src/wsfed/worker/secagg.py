@@ -49,36 +49,26 @@ class SecureRounds:
             RemoteError: what is asked for is malformed, or not what the roster allows.
         """
         try:
-            return self._step(step, told, rows, values, given)
+            if step == 0:
+                return _bytes(self._begin(told, given))
+            if (member := self._member) is None:
+                raise RemoteError("no round of secure aggregation has begun here")
+            if step == 1:
+                return _bytes(pack(member.share(unpack_table(told))))
+            if step == 2:
+                vector = self._vector(member, rows, values, given)
+                sealed = unpack_table(told)
+                session = member.numbers.session
+                masked = member.mask(
+                    sealed, vector, lambda r, a: self._membership.journal.write(session, r, a)
+                )
+                return torch.from_numpy(masked.view(np.int32))
+            if step == 3:
+                return _bytes(member.confirm(unpack_members(told)))
+            self._member = None
+            return _bytes(pack(member.unmask(unpack_table(told))))
         except ValueError as error:  # malformed; what a roster refuses is SecAggAborted
             raise RemoteError(str(error)) from None
-
-    def _step(
-        self,
-        step: int,
-        told: bytes,
-        rows: int,
-        values: Sequence[torch.Tensor],
-        given: Sequence[torch.Tensor],
-    ) -> torch.Tensor:
-        if step == 0:
-            return _bytes(self._begin(told, given))
-        if (member := self._member) is None:
-            raise RemoteError("no round of secure aggregation has begun here")
-        if step == 1:
-            return _bytes(pack(member.share(unpack_table(told))))
-        if step == 2:
-            vector = self._vector(member, rows, values, given)
-            sealed = unpack_table(told)
-            session = member.numbers.session
-            masked = member.mask(
-                sealed, vector, lambda r, a: self._membership.journal.write(session, r, a)
-            )
-            return torch.from_numpy(masked.view(np.int32))
-        if step == 3:
-            return _bytes(member.confirm(unpack_members(told)))
-        self._member = None
-        return _bytes(pack(member.unmask(unpack_table(told))))
 
     def _begin(self, told: bytes, given: Sequence[torch.Tensor]) -> bytes:
         mine = self._membership

@@ -6,7 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from wsfed.federated.callbacks import Callback
 from wsfed.federated.history import History, Round
@@ -24,12 +26,16 @@ class Bar(Callback):
 
     def __init__(self, console: Any, rounds: int) -> None:
         self._progress = Progress(
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
+            TextColumn("round {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            # The rest is cut off where the window is narrow.
+            TextColumn(
+                "{task.fields[state]}",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
             console=console,
+            expand=True,
         )
         self._task = self._progress.add_task("rounds", total=rounds, state="")
         self._told = ""
@@ -59,7 +65,7 @@ class Bar(Callback):
         """Show its numbers."""
         numbers = {"loss": round.loss, **round.metrics}
         told = [f"{name} {value:.4f}" for name, value in numbers.items()]
-        self._told = "  ".join([*told, f"{round.bytes / 1e6:.2f} MB"])
+        self._told = "  ".join([*told, decimal(round.bytes)])
         self._progress.update(self._task, completed=round.number)
         self._show()
 

@@ -17,7 +17,9 @@ __all__ = ["keygen", "membership_of", "roster"]
 
 
 def keygen(
-    file: Annotated[Path, typer.Argument(help="Where the private key goes; must not exist yet.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Where the private key goes; must not exist yet.")
+    ],
 ) -> None:
     """Make a key to sign with: a worker's, or that of who signs rosters.
 
@@ -37,7 +39,7 @@ def keygen(
 
 
 def roster(
-    file: Annotated[Path, typer.Argument(help="Where the signed roster goes.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the signed roster goes.")],
     owner: Annotated[Path, typer.Option(help="Private key to sign with (wsfed keygen).")],
     member: Annotated[
         list[str], typer.Option(metavar="NAME=KEY", help="A worker and its public key; repeat.")

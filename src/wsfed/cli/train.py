@@ -31,7 +31,9 @@ Examples:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file; docs/train.md says what it holds.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="FILE", help="TOML file; docs/train.md says what it holds.")
+    ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
     ] = False,
@@ -48,7 +50,9 @@ train.__doc__ = inspect.cleandoc(train.__doc__ or "") + "\n" + EXAMPLES
 
 
 def simulate(
-    config: Annotated[Path, typer.Argument(help="TOML file with a [simulation] table.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="FILE", help="TOML file with a [simulation] table.")
+    ],
     clients: Annotated[
         int | None, typer.Option(min=1, help="In place of the file's number of clients.")
     ] = None,

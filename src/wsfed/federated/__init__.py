@@ -20,6 +20,7 @@ from wsfed.federated.callbacks import Callback, EarlyStopping
 from wsfed.federated.checkpoint import Checkpoint
 from wsfed.federated.contribution import SecAgg
 from wsfed.federated.dp import DP
+from wsfed.federated.dpsgd import DPSGD
 from wsfed.federated.fit import fit
 from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.recipe import seed_of
@@ -53,6 +54,7 @@ from wsfed.federated.strategies.strategy import LocalTerms, MeanStrategy, Reply,
 
 __all__ = [
     "DP",
+    "DPSGD",
     "Bulyan",
     "Callback",
     "Candidate",

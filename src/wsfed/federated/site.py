@@ -174,7 +174,10 @@ class Site:
     ) -> _Issued:
         replica = self._replica
         replica.give(state, terms)
-        self.worker.manual_seed(self._recipe.draws(self.name, round))
+        if self._recipe.dpsgd is None:
+            self.worker.manual_seed(self._recipe.draws(self.name, round))
+        else:
+            self.worker.seed()
         loss_before = await self._loss_of_rows() if strategy.wants_loss_before else None
         replica.model.train()
         if strategy.wants_gradients:
@@ -210,9 +213,11 @@ class Site:
             loss_before=issued.loss_before,
             within=None if issued.within is None else bool(await issued.within),
         )
-        return Report(
-            reply, self._mean(issued.losses, self.rows), seconds, *self._replica.take_traffic()
-        )
+        if self._recipe.dpsgd is None:
+            loss = self._mean(issued.losses, self.rows)
+        else:
+            loss = float(issued.losses.mean())
+        return Report(reply, loss, seconds, *self._replica.take_traffic())
 
     def contributor(self, strategy: Strategy) -> Contributor:
         """As a member of a round of secure aggregation, once it has trained."""
@@ -256,6 +261,13 @@ class Site:
 
     def _batches(self, round: int) -> dict[str, Any]:
         recipe = self._recipe
+        if recipe.dpsgd is not None:
+            sampling = recipe.sampling(self.rows)
+            return {
+                "sample_rate": sampling.rate,
+                "steps": sampling.steps,
+                "fields": recipe.fields,
+            }
         return {
             "batch_size": min(recipe.batch_size or self.rows, self.rows),
             "epochs": recipe.epochs,

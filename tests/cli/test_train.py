@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
+import signal
+import subprocess
+import sys
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -170,6 +174,37 @@ def test_worker_processes_train(folder: Path, urls: list[str]) -> None:
     rows = points(200, 7)
     outputs = model(torch.from_numpy(rows["x"]))
     assert F.cross_entropy(outputs, torch.from_numpy(rows["labels"])).item() < 0.6
+
+
+@pytest.mark.processes
+@pytest.mark.blocking
+def test_a_killed_client_is_resumed_to_the_same_bits(folder: Path, urls: list[str]) -> None:
+    """Over worker processes, which hold the killed client's session until its time is over."""
+    at = SIMULATED.index("[simulation]")
+    text = SIMULATED[:at].replace("rounds = 3", "rounds = 12") + f"[workers]\nurls = {urls}\n"
+    text += '[strategy]\nname = "FedAdam"\nlr = 0.05\n'
+    file = folder / "train.toml"
+    file.write_text(text + '[output]\nfolder = "whole"\n')
+    run("train", "-q", file)
+    file.write_text(text)
+    command = [sys.executable, "-m", "wsfed", "train", "-q", str(file)]
+    with subprocess.Popen(command) as client:
+        kept = folder / "runs" / "checkpoints"
+        until(lambda: kept.is_dir() and len(list(kept.iterdir())) > 0)
+        client.kill()
+    assert client.returncode == -signal.SIGKILL
+    assert not (folder / "runs" / "model.safetensors").exists()
+    assert "12 rounds" in run("train", "-q", "--resume", file)
+    whole, resumed = (load_file(folder / each / "model.safetensors") for each in ("whole", "runs"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -109,22 +109,22 @@ BAD: dict[str, tuple[bytes | str, str, str]] = {
     "a second hello": (control(HELLO), "unexpected", "Hello is not expected here"),
     "a gap": (frame(7, m.Flush(1).wire()), "gap", "where 1 was due"),
     "bytes that do not match the shape": (
-        frame(1, [32, 1, 0, False], table=[["float32", [3], 0, 8]], tail=bytes(16)),
+        frame(1, [32, 1, 0, False, False], table=[["float32", [3], 0, 8]], tail=bytes(16)),
         "tensor-size",
         "has not the 8 bytes",
     ),
     "segments that are not there": (
-        frame(1, [32, 1, 0, False], table=ONE),
+        frame(1, [32, 1, 0, False, False], table=ONE),
         "malformed",
         "the segments need 16 bytes",
     ),
     "a dtype that does not exist": (
-        frame(1, [32, 1, 0, False], table=[["float33", [2], 0, 8]], tail=bytes(16)),
+        frame(1, [32, 1, 0, False, False], table=[["float33", [2], 0, 8]], tail=bytes(16)),
         "unknown-dtype",
         "no dtype 'float33'",
     ),
     "a tensor that is not in the table": (
-        frame(1, [32, 1, 5, False], table=ONE, tail=bytes(16)),
+        frame(1, [32, 1, 5, False, False], table=ONE, tail=bytes(16)),
         "malformed",
         "not in the frame",
     ),
@@ -135,7 +135,7 @@ BAD: dict[str, tuple[bytes | str, str, str]] = {
     ),
     "a stream of a petabyte": (frame(1, [16, 1, 2**50]), "tensor-size", "too large"),
     "a tensor of a stream that never came": (
-        frame(1, [32, 1, 0, False], table=[["float32", [2], -3, 8]]),
+        frame(1, [32, 1, 0, False, False], table=[["float32", [2], -3, 8]]),
         "stream",
         "has not these",
     ),

@@ -180,7 +180,7 @@ async def unread(node: wsfed.Node) -> tuple[testing.Wire, m.Welcome]:
     welcome = await answer_on(wire)
     assert isinstance(welcome, m.Welcome)
     large = m.Execute("torch.Tensor.repeat", [2], [[0, 1], 3_000_000], {}, 0)
-    commands = [m.Store(1, 0, False), large, m.Get(3, 2)]
+    commands = [m.Store(1, 0, False, False), large, m.Get(3, 2)]
     await wire.send(
         encode(1, 0, [pack(each.wire()) for each in commands], [outgoing(torch.ones(1))])
     )

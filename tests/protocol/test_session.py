@@ -30,7 +30,7 @@ LARGE = limits.INLINE_BYTES + 1000
 
 
 def put_tensor(session: Session, id: int, data: bytes) -> None:
-    store = m.Store(id, 0, False)
+    store = m.Store(id, 0, False, False)
     session.sender.put_tensor(
         lambda place: store.wire(tensor=place),
         Outgoing("uint8", (len(data),), memoryview(data)),
@@ -336,7 +336,7 @@ def test_a_large_tensor_behind_a_mark_or_an_opened_gate_leaves_at_once() -> None
     assert marks == [1]
     pair = live_pair()
     gate = pair.client.sender.put_gate()
-    store = m.Store(1, 0, False)
+    store = m.Store(1, 0, False, False)
     gate.put_tensor(
         lambda place: store.wire(tensor=place),
         Outgoing("uint8", (LARGE,), memoryview(bytes(LARGE))),

@@ -40,7 +40,7 @@ class Machine:
         return self.interpreter.run(self.seq, commands, wired, **options)
 
     def store(self, id: int, tensor: torch.Tensor, *, requires_grad: bool = False) -> Outcome:
-        return self.run(m.Store(id, 0, requires_grad), tensors=[tensor])
+        return self.run(m.Store(id, 0, requires_grad, False), tensors=[tensor])
 
     def tensor(self, id: int) -> torch.Tensor:
         return self.interpreter.store.tensor(id)
@@ -283,7 +283,9 @@ def test_objects_are_bounded_in_number() -> None:
 
 def test_a_tensor_for_which_there_was_no_room_poisons_its_name(machine: Machine) -> None:
     came = [Incoming("float32", (10**9,), 4 * 10**9, None)]
-    outcome = machine.interpreter.run(1, [m.Store(1, 0, False), m.Get(2, 1)], came, 0, BUDGET)
+    outcome = machine.interpreter.run(
+        1, [m.Store(1, 0, False, False), m.Get(2, 1)], came, 0, BUDGET
+    )
     failed, told = (reply.message for reply in outcome.replies)
     assert isinstance(failed, m.Failed) and isinstance(told, m.RequestFailed)
     assert told.failure[0] == "QuotaExceeded"

@@ -75,7 +75,7 @@ def frame(seq: int, *commands: m.Message, tensors: Any = ()) -> bytes:
     return b"".join(encode(seq, 0, [pack(each.wire()) for each in commands], tensors))
 
 
-STORE = frame(1, m.Store(1, 0, False), tensors=[outgoing(torch.arange(3))])
+STORE = frame(1, m.Store(1, 0, False, False), tensors=[outgoing(torch.arange(3))])
 DOUBLE = frame(2, m.Execute("torch.Tensor.mul", [2], [[0, 1], 2], {}, 0), m.Get(5, 2))
 
 
@@ -166,8 +166,8 @@ def test_a_move_is_carried_and_answered_with_its_end() -> None:
 
 def test_a_carrier_may_store_what_is_expected_and_nothing_else() -> None:
     for commands, allowed in (
-        ((m.Store(4, 0, False),), True),
-        ((m.Store(5, 0, False),), False),
+        ((m.Store(4, 0, False, False),), True),
+        ((m.Store(5, 0, False, False),), False),
         ((m.Get(1, 4),), False),
         ((m.Execute("torch.abs", [4], [[0, 4]], {}, 0),), False),
     ):

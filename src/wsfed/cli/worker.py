@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wsfed.privacy.roster import Membership
     from wsfed.worker.datasets import Dataset
     from wsfed.worker.providers import Provider
+    from wsfed.worker.strict import Ledger
     from wsfed.worker.transforms import Transform
 
 __all__ = ["parse_size", "worker"]
@@ -116,6 +117,16 @@ def worker(
     journal: Annotated[
         Path | None, typer.Option(help="File that notes the rounds it has taken part in.")
     ] = None,
+    releases: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULES",
+            help="Let nothing leave but changes of a model with noise: clip=1,noise=1,budget=8.",
+        ),
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="File that notes what releases have spent.")
+    ] = None,
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
     ] = False,
@@ -141,10 +152,11 @@ def worker(
     if not id.strip():
         _usage("--id needs a name")
     membership = _membership(id, roster, roster_owner, key, journal)
+    strict = _ledger(releases, ledger)
     node = _node(
         id,
         _offered(dataset or [], transform or [], split or [], open or []),
-        *(open or [], device, max_memory, threads, token_file, direct, membership),
+        *(open or [], device, max_memory, threads, token_file, direct, membership, strict),
     )
     ssl = _tls(tls_cert, tls_key)
     try:
@@ -171,6 +183,7 @@ def _node(
     token_file: Path | None,
     direct: bool,
     membership: Membership | None,
+    ledger: Ledger | None,
 ) -> object:
     import torch
 
@@ -193,6 +206,7 @@ def _node(
         token=token,
         direct=direct,
         membership=membership,
+        ledger=ledger,
     )
 
 
@@ -273,6 +287,27 @@ def _membership(
 
     try:
         return membership_of(id, roster, owner, key, journal)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+def _ledger(rules: str | None, path: Path | None) -> Ledger | None:
+    if rules is None:
+        if path is not None:
+            _usage("--ledger goes with --releases")
+        return None
+    from wsfed.worker.strict import Ledger, parse_releases
+
+    try:
+        parsed = parse_releases(rules)
+    except ValueError as error:
+        _usage(f"--releases {error}")
+    if parsed.budget is not None and path is None:
+        _usage("--releases with a budget needs --ledger, which outlives the worker")
+    try:
+        return Ledger(parsed, path)
+    except ImportError:
+        _fail("a budget needs opacus: pip install 'wsfed[dp]'")
     except (OSError, ValueError) as error:
         _fail(str(error))
 

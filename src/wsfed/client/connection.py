@@ -291,13 +291,16 @@ class Connection(Link):
         site: Site | None = None,
         *,
         lasting: bool = False,
+        sealed: bool = False,
     ) -> None:
         """Queue a tensor, as it is now; one that lasts is not copied."""
         self._alive()
         if (recording := recording_now()) is not None:
             recording.store(self, id, tensor, requires_grad, site)
             return
-        self._put_with(m.Store(id, 0, requires_grad), outgoing(tensor, lasting=lasting), site)
+        self._put_with(
+            m.Store(id, 0, requires_grad, sealed), outgoing(tensor, lasting=lasting), site
+        )
 
     def define(self, plan: int, packed: bytes, site: Site | None = None) -> None:
         """Queue a recorded program."""

@@ -108,7 +108,7 @@ async def _finish(
 
 
 def _store(name: int, requires_grad: bool) -> Callable[[int], list[Any]]:
-    message = m.Store(name, 0, requires_grad)
+    message = m.Store(name, 0, requires_grad, False)
     return lambda place: message.wire(tensor=place)
 
 

@@ -18,6 +18,7 @@ from wsfed.worker.datasets import Dataset
 
 if TYPE_CHECKING:
     from wsfed.privacy.roster import Membership
+    from wsfed.worker.strict import Ledger
 
 __all__ = ["VirtualWorker"]
 
@@ -34,6 +35,7 @@ class VirtualWorker(Worker):
         device: where its tensors are.
         max_memory: bytes that the tensors of the session may take.
         membership: in rounds of secure aggregation (:mod:`wsfed.privacy.roster`).
+        ledger: makes it strict: nothing leaves but releases by its rules.
         blocking: which of the two it is to be, if not the one that fits.
     """
 
@@ -45,12 +47,18 @@ class VirtualWorker(Worker):
         device: str | torch.device = "cpu",
         max_memory: int | None = None,
         membership: Membership | None = None,
+        ledger: Ledger | None = None,
         blocking: bool | None = None,
     ) -> None:
         if blocking is None:
             blocking = not _loop_is_running()
         self._node = Node(
-            id, datasets=datasets, device=device, max_memory=max_memory, membership=membership
+            id,
+            datasets=datasets,
+            device=device,
+            max_memory=max_memory,
+            membership=membership,
+            ledger=ledger,
         )
         self._serving: set[asyncio.Task[None]] = set()
         self._background = blocking

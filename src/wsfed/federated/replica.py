@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from wsfed.federated.strategies.strategy import LocalTerms, State
 from wsfed.pointers import modules
 from wsfed.pointers.link import link_of
 from wsfed.pointers.plan import Plan
-from wsfed.pointers.pointer import make_sent
+from wsfed.pointers.pointer import make_pointer, make_sent
+from wsfed.pointers.site import capture_site
+from wsfed.protocol import messages as m
 
 __all__ = ["Replica", "buffers_of", "state_of"]
 
@@ -99,7 +101,9 @@ class Replica:
         mark = next(iter(state.values()))
         if self._sent_of() is not mark:
             link = link_of(self.worker)
-            self._sent = [make_sent(link, state[n].detach(), lasting=True) for n in self._entries]
+            self._sent = [
+                make_sent(link, state[n].detach(), lasting=True, sealed=True) for n in self._entries
+            ]
             self._sent_of = weakref.ref(mark)
         self._load(self._sent)
         if self._correction:
@@ -118,6 +122,30 @@ class Replica:
         bound_there = self.worker.send(torch.tensor(bound, dtype=torch.float64))
         within: Awaitable[torch.Tensor] = self._clip(self._sent, bound_there).get()
         return within
+
+    @property
+    def rules(self) -> Mapping[str, float] | None:
+        """What its owner lets leave, where that is not all: ``clip`` and ``noise``, at best."""
+        told: Mapping[str, float] | None = self.worker.info.get("releases")
+        return told
+
+    def ask_release(self, clip: float) -> Awaitable[Sequence[torch.Tensor]]:
+        """The values as a strict worker lets them leave, changed by ``clip`` at most."""
+        rules, link = self.rules, link_of(self.worker)
+        assert rules is not None
+        entries = list(self._entries.values())
+        outs = [link.new_id() for _ in entries]
+        command = m.Release(
+            *(_ids(entries), _ids(self._sent), outs),
+            *(float(min(clip, rules["clip"])), float(rules["noise"])),
+        )
+        link.issue(command.wire(), capture_site())
+        released = [
+            make_pointer(link, id, each.shape, each.dtype)
+            for id, each in zip(outs, entries, strict=True)
+        ]
+        asked: Awaitable[Sequence[torch.Tensor]] = modules.get(released)
+        return asked
 
     def _clipped(self, given: Sequence[torch.Tensor], bound: torch.Tensor) -> Any:
         with torch.no_grad():

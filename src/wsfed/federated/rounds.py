@@ -148,6 +148,9 @@ class Rounds:
         self._finished: asyncio.Queue[str] = asyncio.Queue()
 
     async def __aenter__(self) -> Rounds:
+        for site in self._network.sites:
+            if self._secure is None:
+                site.check_rules(self._strategy, adapts=bool(self._dp and self._dp.quantile))
         return self
 
     async def __aexit__(self, *_: object) -> None:

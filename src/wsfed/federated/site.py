@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -113,6 +114,25 @@ class Site:
                     f"the rows of {self.name!r} have no field {name!r}; they have {known}"
                 )
 
+    def check_rules(self, strategy: Strategy, *, adapts: bool) -> None:
+        """Whether the worker's owner lets leave what training needs.
+
+        Args:
+            strategy: what it is for.
+            adapts: whether the clipping bound follows the changes.
+
+        Raises:
+            FederatedError: a strict worker releases changes of a model, and nothing else.
+        """
+        if self._replica.rules is None:
+            return
+        if strategy.wants_gradients or strategy.wants_loss_before or adapts:
+            what = "a bound that adapts" if adapts else strategy.name
+            raise FederatedError(
+                f"worker {self.worker.id!r} releases nothing but changes of a model with noise, "
+                f"and {what} needs more"
+            )
+
     @property
     def told(self) -> str:
         """The kinds for people."""
@@ -184,6 +204,8 @@ class Site:
             run = self._dataset.run(replica.slope(self.rows), **self._whole())
             return _Issued(run, loss_before=loss_before)
         run = self._dataset.run(replica.step, **self._batches(round))
+        if replica.rules is not None and fetch:
+            return _Issued(run, replica.ask_release(math.inf if clip is None else clip))
         within = None if clip is None else replica.clip(clip)
         return _Issued(run, replica.ask() if fetch else None, within, loss_before)
 

@@ -36,10 +36,12 @@ from wsfed.worker.interpreter import Carry, Interpreter
 from wsfed.worker.memory import give_back_memory
 from wsfed.worker.plans import Programs
 from wsfed.worker.session import Carried
+from wsfed.worker.strict import Vault
 
 if TYPE_CHECKING:
     from wsfed.privacy.roster import Membership
     from wsfed.worker.secagg import SecureRounds
+    from wsfed.worker.strict import Ledger
 
 __all__ = ["Node", "check_exposure", "default_max_memory"]
 
@@ -75,6 +77,7 @@ class Node:
         token: what a client has to show; ``None`` lets everybody in.
         direct: whether this worker takes tensors to other workers itself when a client asks.
         membership: in rounds of secure aggregation (:mod:`wsfed.privacy.roster`).
+        ledger: makes the worker strict: nothing leaves but releases by its rules.
     """
 
     def __init__(
@@ -87,8 +90,9 @@ class Node:
         token: str | None = None,
         direct: bool = True,
         membership: Membership | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
-        self._membership = membership
+        self._membership, self._ledger = membership, ledger
         self.id = id
         self.device = torch.device(device)
         self.datasets: Mapping[str, Dataset] = MappingProxyType({d.name: d for d in datasets})
@@ -143,6 +147,9 @@ class Node:
                 name: {"rows": d.rows, "open": d.open} for name, d in self.datasets.items()
             },
             "sessions": len(self._sessions),
+            "releases": None
+            if self._ledger is None
+            else {"clip": self._ledger.rules.clip, "noise": self._ledger.rules.noise},
             "secagg": None if self._membership is None else self._membership.name,
         }
 
@@ -207,6 +214,7 @@ class Node:
             max_objects=_MAX_OBJECTS,
             programs=self._programs,
             secure=self._secure_rounds(),
+            vault=Vault(self._ledger),
         )
         # Asking for their number is what makes a new thread use torch's number of threads; its
         # first sums would come in another order otherwise.

@@ -51,6 +51,7 @@ class Link(Protocol):
         site: Site | None = None,
         *,
         lasting: bool = False,
+        sealed: bool = False,
     ) -> None:
         """Queue a tensor, as it is now, to be kept under ``id``; one that lasts is not copied."""
 

@@ -417,13 +417,16 @@ def transfer(pointers: Sequence[Pointer], to: Link) -> list[Pointer]:
     return made
 
 
-def make_sent(link: Link, tensor: torch.Tensor, *, lasting: bool = False) -> Pointer:
+def make_sent(
+    link: Link, tensor: torch.Tensor, *, lasting: bool = False, sealed: bool = False
+) -> Pointer:
     """Send a local tensor; the pointer to it is a leaf with the same ``requires_grad``.
 
-    One that lasts is never changed any more, so it need not be copied.
+    One that lasts is never changed any more, so it need not be copied. Of a sealed one a strict
+    worker keeps a copy that stays as it came.
     """
     id = link.new_id()
-    link.store(id, tensor, tensor.requires_grad, capture_site(), lasting=lasting)
+    link.store(id, tensor, tensor.requires_grad, capture_site(), lasting=lasting, sealed=sealed)
     return make_pointer(link, id, tensor.shape, tensor.dtype, requires_grad=tensor.requires_grad)
 
 

@@ -331,11 +331,14 @@ class Chunk(Message):
 
 @_message(32, COMMANDS)
 class Store(Message):
-    """Keep a tensor under ``id``."""
+    """Keep a tensor under ``id``; a worker that lets nothing leave but releases keeps a copy of a
+    sealed one, which stays as it came.
+    """
 
     id: int = _id()
     tensor: int = _uint()
     requires_grad: bool = _flag()
+    sealed: bool = _flag()
 
 
 def _is_op(value: Any) -> bool:
@@ -523,6 +526,21 @@ class SecAgg(Message):
     given: list[int] = _ids()
     #: The place of what the collector says, the bytes of a tensor.
     tensor: int = _uint()
+
+
+@_message(51, COMMANDS)
+class Release(Message):
+    """Make of trained values what the owner lets leave, and keep it under ``outs``.
+
+    ``given`` plus the change to ``values``, brought to an L2 norm of ``clip``, plus Gaussian noise
+    of ``noise * clip``.
+    """
+
+    values: list[int] = _ids()
+    given: list[int] = _ids()
+    outs: list[int] = _ids()
+    clip: float = _field("a number", _is_number)
+    noise: float = _field("a number", _is_number)
 
 
 def _is_segment(value: Any) -> bool:

@@ -32,7 +32,7 @@ class _Carrier:
         self._session.hello(now, token=None, ticket=ticket, client="wsfed carrier")
 
     def put(self, id: int, requires_grad: bool, tensor: Outgoing) -> None:
-        store = m.Store(id, 0, requires_grad)
+        store = m.Store(id, 0, requires_grad, False)
         self._session.sender.put_tensor(lambda place: store.wire(tensor=place), tensor)
 
     def flush(self) -> None:

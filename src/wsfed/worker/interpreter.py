@@ -8,6 +8,7 @@ failure, so that the client hears of the first cause.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -38,6 +39,7 @@ from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving, holds_
 from wsfed.worker.randomness import SessionRandom
 from wsfed.worker.sizes import ResultSizes
 from wsfed.worker.store import Entry, Failure, Poisoned, Store, poison_of
+from wsfed.worker.strict import Vault
 
 if TYPE_CHECKING:
     from wsfed.worker.secagg import SecureRounds
@@ -93,6 +95,7 @@ class Interpreter:
         max_objects: identifiers that the session may bind.
         programs: recorded programs that the worker has already.
         secure: rounds of secure aggregation, where the owner takes part in some.
+        vault: what may leave, where not all does that holds no rows.
 
     Attributes:
         store: the objects.
@@ -107,8 +110,10 @@ class Interpreter:
         max_objects: int,
         programs: Programs | None = None,
         secure: SecureRounds | None = None,
+        vault: Vault | None = None,
     ) -> None:
         self._secure = secure
+        self._vault = vault or Vault(None)
         self.store = Store(max_bytes, max_objects)
         self._device, self._datasets = device, datasets
         self._random = SessionRandom(device)
@@ -239,6 +244,8 @@ class Interpreter:
 
     def _fail(self, command: m.Message, failure: Failure, outcome: Outcome, *, first: bool) -> None:
         results = _results(command)
+        if first and not isinstance(command, m.Release | m.Get | m.Describe | m.Search):
+            self._vault.failed()
         if first and isinstance(command, m.Execute) and not _writes(self._name(command.op)):
             # What would have given its argument itself has not touched it.
             results = [id for id in results if id not in self.store]
@@ -270,6 +277,7 @@ class Interpreter:
                 self._store(command, tensors)
             case m.Delete(ids):
                 self.store.delete(ids)
+                self._vault.forget(ids)
                 self._shelf.forget(ids)
             case m.Define(plan, place):
                 self._define(plan, tensors[place])
@@ -283,6 +291,8 @@ class Interpreter:
                 outcome.replies.append(self._get(request, id))
             case m.Batch():
                 self._batch(command)
+            case m.Release():
+                self._release(command, seen)
             case m.SecAgg():
                 outcome.replies.append(self._secagg(command, tensors[command.tensor], seen))
             case m.Clone(id, copy):
@@ -333,6 +343,9 @@ class Interpreter:
         if command.requires_grad:
             tensor.requires_grad_()
         self.store.put(command.id, tensor)
+        if command.sealed and self._vault.is_strict:
+            self.store.check_room(self._vault.nbytes + tensor.nbytes)
+            self._vault.seal(command.id, tensor)
 
     def _execute(self, command: m.Execute) -> None:
         op = self._op(command.op)
@@ -420,6 +433,8 @@ class Interpreter:
 
     def _get(self, request: int, id: int) -> Reply:
         entry = self.store.entry(id)
+        if (sealed := self._vault.sealed(id)) is not None:
+            return Reply(m.TensorReply(request, 0, False), outgoing(sealed))
         check_leaving(entry.labels, "get")
         tensor = self._leaving(id)
         leaf = tensor.requires_grad and tensor.is_leaf
@@ -447,8 +462,14 @@ class Interpreter:
             if rows is None:
                 raise QuotaExceeded(f"there is no room for {numbers.nbytes:,} bytes")
             dataset = self._dataset(command.name)
+            if not dataset.open:
+                self._vault.touch(dataset.name)
+            if command.until is not None:
+                self._vault.check_open("until")
             over = self._over = self._shelf.over(command, dataset, rows.double().tolist())
         values = over.advance(_SLICE, lambda: over.request in self._stopped)
+        if self._vault.is_closed:
+            values = [[math.nan] * len(each) for each in values]
         if values:
             outcome.replies.append(Reply(m.Progress(over.request, over.done, values)))
         if over.is_over:
@@ -456,6 +477,17 @@ class Interpreter:
             self._stopped.discard(over.request)
             told = {"done": over.done, "stopped": over.stopped}
             outcome.replies.append(Reply(m.ValueReply(over.request, told)))
+
+    def _release(self, command: m.Release, seen: list[Entry]) -> None:
+        if len(command.values) != len(command.outs):
+            raise RemoteError("a release names each object once")
+        seen += [self.store.entry(id) for id in command.values]
+        values = [self.store.tensor(id) for id in command.values]
+        self.store.check_room(self._vault.nbytes + 2 * sum(value.nbytes for value in values))
+        made = self._vault.release(values, command.given, command.clip, command.noise)
+        for id, tensor in zip(command.outs, made, strict=True):
+            self.store.put(id, tensor)
+            self._vault.seal(id, tensor)
 
     def call(self, op: Op, args: Sequence[Any], kwargs: dict[str, Any], mode: int) -> Any:
         """Run a step of a plan in its modes (:class:`~wsfed.plans.compiled.Machine`)."""
@@ -493,6 +525,7 @@ class Interpreter:
 
     def _carry(self, command: m.Move) -> Carry:
         tensors = []
+        self._vault.check_open("move")
         for id in command.ids:
             entry = self.store.entry(id)
             check_leaving(entry.labels, "move")
@@ -508,12 +541,16 @@ class Interpreter:
         entry.description = description or entry.description
 
     def _describe(self, id: int) -> dict[str, Any]:
-        return _description(self.store.tensor(id), self.store.entry(id))
+        tensor = self._vault.sealed(id)
+        return _description(
+            self.store.tensor(id) if tensor is None else tensor, self.store.entry(id)
+        )
 
     def _search(self, tags: list[str]) -> dict[str, Any]:
         objects = [
             {"id": id, **_description(tensor, entry)}
             for id, entry, tensor in self.store.tagged(tags)
+            if not self._vault.is_closed
         ]
         named = [name for name in self._datasets if set(tags) <= {name, f"#{name}"}]
         return {"objects": objects[:_MOST_FOUND], "datasets": named}
@@ -534,6 +571,8 @@ class Interpreter:
         except LookupError as error:
             raise NotFound(str(error.args[0]), op=f"batch of {command.name!r}") from None
         labels = NO_LABELS if dataset.open else frozenset({dataset.name})
+        if labels:
+            self._vault.touch(dataset.name)
         self._bind(command.outs, tuple(tensors), labels)
 
 
@@ -575,6 +614,8 @@ def _results(command: m.Message) -> list[int]:
             return [id for *_, outs in command.segments for id in outs if id]
         case m.Store():
             return [command.id]
+        case m.Release():
+            return command.outs
         case m.Clone():
             return [command.copy]
     return []

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import os
+import signal
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import wsfed
+from tests.federated.rows import points
 from tests.pointers.oracle import assert_same_state
-from wsfed import sync
+from wsfed import federated, sync
 from wsfed.client.background import background
 
 
@@ -177,3 +184,187 @@ async def test_what_is_of_the_async_world_is_not_got_here() -> None:
         with pytest.raises(wsfed.PointerError, match=r"await wsfed\.get"):
             sync.get(x)
         assert torch.equal(await wsfed.get(x), torch.ones(2))
+
+
+# --- training -------------------------------------------------------------------------------------
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 2))
+
+
+def rows(number: int) -> list[wsfed.Dataset]:
+    held_out = wsfed.Dataset("held-out", points(20, 50 + number))
+    return [wsfed.Dataset("points", points(300 + number, number)), held_out]
+
+
+def told(history: federated.History) -> list[tuple[Any, ...]]:
+    return [(each.loss, each.metrics, [s.site for s in each.sites]) for each in history]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"validation": "held-out", "evaluate": lambda model: model[0].weight.sum().item()},
+        {"strategy": federated.FedSGD(0.1), "batch_size": 50},
+        {
+            "strategy": federated.Scaffold(0.1, sites=2),
+            "optimizer": partial(torch.optim.SGD, lr=0.1),
+        },
+        {"schedule": "sequential", "objective": lambda m, x, y: F.cross_entropy(m(x), y)},
+        {"strategy": federated.QFedAvg(1.0), "local_epochs": 2},
+    ],
+)
+def test_training_is_that_of_the_async_world_bit_for_bit(
+    one_thread: None, settings: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"rounds": 3, "seed": 5, **settings}
+    if "objective" not in settings:
+        options["loss"] = F.cross_entropy
+    if not isinstance(settings.get("strategy"), federated.FedSGD):
+        options.setdefault("optimizer", SGD)
+    here, there = network(), network()
+
+    async def program() -> federated.History:
+        async with (
+            wsfed.VirtualWorker("alice", datasets=rows(1)) as alice,
+            wsfed.VirtualWorker("bob", datasets=rows(2)) as bob,
+        ):
+            return await federated.fit(here, [alice, bob], "points", **options)
+
+    history = asyncio.run(program())
+    with (
+        sync.VirtualWorker("alice", datasets=rows(1)) as alice,
+        sync.VirtualWorker("bob", datasets=rows(2)) as bob,
+    ):
+        found = sync.fit(there, [alice, bob], "points", **options)
+        assert torch.equal(alice.send(torch.ones(2)).get(), torch.ones(2))
+    assert_same_state(there, here)
+    assert told(found) == told(history)
+    assert not background.running
+
+
+async def test_sockets_are_opened_for_a_training_or_are_there_before() -> None:
+    def program(url: str, other: str) -> tuple[nn.Module, nn.Module]:
+        opened, given = network(), network()
+        openers = [partial(wsfed.connect, url), partial(wsfed.connect, other)]
+        sync.fit(opened, openers, "points", F.cross_entropy, SGD, rounds=2)
+        assert not background.running
+        with sync.connect(url) as alice, sync.connect(other) as bob:
+            sync.fit(given, [alice, bob], "points", F.cross_entropy, SGD, rounds=2)
+            assert alice.connected
+        return opened, given
+
+    async with (
+        wsfed.Node("alice", datasets=rows(1)) as one,
+        one.listen() as url,
+        wsfed.Node("bob", datasets=rows(2)) as two,
+        two.listen() as other,
+    ):
+        assert_same_state(*await asyncio.to_thread(program, url, other))
+
+
+class Interrupting(federated.Callback):
+    """Ctrl-C while a site of the second round is at work, and what the model was before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._is_sent = model, False
+        self.before: nn.Module = model
+
+    def round_begins(self, number: int, sites: list[str]) -> None:
+        if number == 2:
+            self.before = copy.deepcopy(self._model)
+
+    def batch_done(self, site: str, progress: Any) -> None:
+        if self.before is not self._model and not self._is_sent:
+            self._is_sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+async def _tasks() -> set[str]:
+    return {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}}
+
+
+def test_ctrl_c_ends_a_training_and_leaves_nothing_running(one_thread: None) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    model = network()
+    callback = Interrupting(model)
+    try:
+        with sync.VirtualWorker("alice", datasets=rows(1)) as alice:
+            assert alice.flush() is None
+            tasks = background.run(alice.link.loop, _tasks())
+            with pytest.raises(KeyboardInterrupt):
+                sync.fit(
+                    *(model, [alice], "points", F.cross_entropy, SGD),
+                    rounds=1000,
+                    local_epochs=3,
+                    callbacks=[callback],
+                )
+            assert background.run(alice.link.loop, _tasks()) == tasks
+            assert callback.before is not model
+            assert_same_state(model, callback.before)
+            assert torch.equal(alice.send(torch.ones(2)).get(), torch.ones(2))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not background.running
+
+
+def test_a_training_that_fails_raises_what_the_async_one_does() -> None:
+    with sync.VirtualWorker("alice", datasets=rows(1)) as alice:
+        with pytest.raises(wsfed.FederatedError, match="no data set 'nothing'"):
+            sync.fit(network(), [alice], "nothing", F.cross_entropy, SGD, rounds=1)
+        with pytest.raises(ValueError, match="rounds=0"):
+            sync.fit(network(), [alice], "points", F.cross_entropy, SGD, rounds=0)
+        with pytest.raises(wsfed.FederatedError, match="there are no workers"):
+            sync.fit(network(), [], "points", F.cross_entropy, SGD, rounds=1)
+    assert not background.running
+
+
+@pytest.mark.blocking
+async def test_a_training_takes_the_workers_of_its_world() -> None:
+    async with wsfed.VirtualWorker("alice", datasets=rows(1)) as alice:
+        with pytest.raises(TypeError, match=r"await wsfed\.federated\.fit"):
+            sync.fit(network(), [alice], "points", F.cross_entropy, SGD, rounds=1)
+    assert not background.running
+
+
+def test_a_blocking_worker_is_not_awaited_elsewhere() -> None:
+    async def program(alice: sync.VirtualWorker) -> None:
+        with pytest.raises(TypeError, match=r"wsfed\.sync\.fit"):
+            await federated.fit(network(), [alice], "points", F.cross_entropy, SGD, rounds=1)
+
+    with sync.VirtualWorker("alice", datasets=rows(1)) as alice:
+        asyncio.run(program(alice))
+
+
+def test_a_blocking_call_in_the_loop_is_refused_and_does_not_hang() -> None:
+    with pytest.raises(wsfed.ProtocolError, match="blocking call inside the event loop"):
+        sync.fit(
+            network(),
+            [partial(sync.connect, "ws://127.0.0.1:1")],
+            *("points", F.cross_entropy, SGD),
+            rounds=1,
+        )
+    assert not background.running
+
+
+def test_callbacks_await_blocking_workers_and_evaluate_does_not() -> None:
+    class Sending(federated.Callback):
+        async def round_ends(self, round: federated.Round, history: federated.History) -> str:
+            return f"sum {float(await alice.send(torch.ones(3)).sum().get()):g}"
+
+    def evaluate(model: nn.Module) -> float:
+        return float(alice.send(torch.ones(2)).sum().item())
+
+    with sync.VirtualWorker("alice", datasets=rows(1)) as alice:
+        history = sync.fit(
+            *(network(), [alice], "points", F.cross_entropy, SGD),
+            rounds=9,
+            evaluate=evaluate,
+            callbacks=[Sending()],
+        )
+    assert history.stopped == "sum 3"
+    assert history[0].metrics == {"score": 2.0}

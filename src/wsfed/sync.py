@@ -15,23 +15,29 @@ Operations are still pipelined: only what brings a value back waits.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import ssl as ssl_module
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from wsfed.client.background import background
-from wsfed.client.connection import Connection
+from wsfed.client.connection import Connection, awaited
 from wsfed.client.virtual import VirtualWorker as _VirtualWorker
 from wsfed.client.worker import Worker as _Worker
 from wsfed.errors import PointerError
+from wsfed.federated.fit import fit as _fit
 from wsfed.pointers import modules
 from wsfed.pointers.modules import copy, move, send
 from wsfed.transport.websocket import check_url, dial
 from wsfed.worker.datasets import Dataset
 
-__all__ = ["VirtualWorker", "Worker", "connect", "copy", "get", "move", "send"]
+__all__ = ["VirtualWorker", "Worker", "connect", "copy", "fit", "get", "move", "send"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def get(value: Any, *, grads: bool = True) -> Any:
@@ -124,3 +130,50 @@ class VirtualWorker(_VirtualWorker):
         max_memory: int | None = None,
     ) -> None:
         super().__init__(id, datasets=datasets, device=device, max_memory=max_memory, blocking=True)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _blocking(train: Callable[_P, Coroutine[Any, Any, _T]], doc: str) -> Callable[_P, _T]:
+    """The same function with these workers, which waits for its result."""
+    signature = inspect.signature(train)
+
+    @wraps(train, assigned=("__name__", "__qualname__"))
+    def blocking(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        loop = background.acquire()
+        try:
+            for each in signature.bind(*args, **kwargs).arguments["workers"]:
+                if getattr(getattr(each, "link", None), "loop", loop) is not loop:
+                    raise TypeError(
+                        f"{each!r} is of the async world: write await wsfed.federated.fit(...)"
+                    )
+
+            async def run() -> _T:
+                awaited.set(True)
+                # Asking for their number is what makes a new thread use torch's number of threads.
+                torch.get_num_threads()
+                return await train(*args, **kwargs)
+
+            return background.run(loop, run())
+        finally:
+            background.release()
+
+    blocking.__doc__ = doc
+    return blocking
+
+
+fit = _blocking(
+    _fit,
+    """Train a model over the rows of many workers, and wait for the end.
+
+    Arguments and errors are those of :func:`wsfed.federated.fit`, and so is what comes of it, bit
+    for bit. Workers are those of this module; what opens connections, again when they are lost, is
+    here, too, ``partial(wsfed.connect, url)``. Callbacks are called in the event loop's thread and
+    may be coroutines; what they ask of a worker has to be awaited. Ctrl-C ends training, and leaves
+    nothing of it running; the model is what the last finished round made of it.
+
+    Raises:
+        TypeError: a worker is of the async world.
+    """,
+)

@@ -60,17 +60,32 @@ def simulate(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Workers on a Ray cluster: local starts one here, HOST:PORT is one that this "
+            "machine is part of.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, help="How many. Default: one for each CPU of the cluster.")
+    ] = None,
 ) -> None:
-    """Train as train does, over virtual clients in this process.
+    """Train as train does, over virtual clients in this process or on a Ray cluster.
 
     Rows of one file are cut into the clients' parts; each is a data set of its own on a worker in
     this process. What is held out is evaluated after each round.
 
-    Example:
+    Examples:
 
       wsfed simulate digits.toml --clients 1000
+
+      wsfed simulate digits.toml --ray local
     """
-    _run(config, resume, quiet, partial(_virtual, clients))
+    if ray is None and ray_workers is not None:
+        raise typer.BadParameter("--ray-workers goes with --ray")
+    _run(config, resume, quiet, partial(_virtual, clients, ray, ray_workers))
 
 
 def _run(config: Path, resume: bool, quiet: bool, opened: Callable[..., Any]) -> None:
@@ -189,9 +204,14 @@ async def _workers(
 
 @asynccontextmanager
 async def _virtual(
-    clients: int | None, settings: Configuration, base: Path, model: nn.Module
+    clients: int | None,
+    ray: str | None,
+    ray_workers: int | None,
+    settings: Configuration,
+    base: Path,
+    model: nn.Module,
 ) -> AsyncIterator[tuple[Sequence[Any], dict[str, Any]]]:
-    """One worker in this process, with a data set for each client."""
+    """A data set for each client, on one worker in this process or on several of a Ray cluster."""
     import wsfed
     from wsfed.cli.simulation import cut
     from wsfed.errors import FederatedError
@@ -200,6 +220,12 @@ async def _virtual(
         raise FederatedError("[simulation] says which rows are cut into how many clients' parts")
     parts, evaluate = await asyncio.to_thread(cut, settings, base, clients)
     more: dict[str, Any] = {"dataset": "client-*", "validation": None, "evaluate": evaluate}
+    if ray is not None:
+        from wsfed.cli.cluster import hosted
+
+        async with hosted(parts, ray, ray_workers) as openers:
+            yield openers, more
+        return
     async with wsfed.VirtualWorker("simulation", datasets=parts) as worker:
         yield [worker], more
 

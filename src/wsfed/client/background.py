@@ -12,6 +12,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from wsfed.errors import LocalProtocolError
+
 __all__ = ["BackgroundLoop", "background"]
 
 _T = TypeVar("_T")
@@ -48,13 +50,29 @@ class BackgroundLoop:
         return self._thread is not None
 
     def run(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run ``work`` there and wait for its result; Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, loop)
+        """Run ``work`` there and wait for its result; Ctrl-C cancels it, and waits for its end.
+
+        Raises:
+            LocalProtocolError: this is the loop's own thread.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise LocalProtocolError("deadlock", "a blocking call inside the event loop's thread")
+        begun: list[asyncio.Task[_T]] = []
+        over = threading.Event()
+
+        def begin() -> None:
+            begun.append(loop.create_task(work))
+            begun[0].add_done_callback(lambda _: over.set())
+
+        loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
+            over.wait()
         except BaseException:
-            future.cancel()
+            loop.call_soon_threadsafe(lambda: begun[0].cancel())
+            over.wait()
             raise
+        return begun[0].result()
 
     def _start(self) -> None:
         loop = asyncio.new_event_loop()

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,9 +56,12 @@ from wsfed.tensors import allocate, incoming, outgoing
 from wsfed.transport.pump import pump
 from wsfed.transport.wire import Wire, WireLost
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "awaited"]
 
 _log = logging.getLogger("wsfed.client")
+
+#: Set where a program of the async world is run with blocking workers, for its tasks.
+awaited: Final[ContextVar[bool]] = ContextVar("awaited", default=False)
 
 _EXECUTE: Final = m.Execute.code
 
@@ -94,7 +98,8 @@ class Connection(Link):
         open_wire: makes a connection; raises ``WireLost``.
         loop: where everything but ``issue`` and its like runs.
         token: shown to the worker.
-        blocking: calls that bring something back return it instead of an awaitable.
+        blocking: calls that bring something back return it instead of an awaitable; but see
+            :data:`awaited`.
         reconnect: seconds to go on trying when a connection breaks.
 
     Attributes:
@@ -116,7 +121,7 @@ class Connection(Link):
         blocking: bool = False,
         reconnect: float = 5.0,
     ) -> None:
-        self.url, self.blocking = url, blocking
+        self.url, self._is_blocking = url, blocking
         self.worker: Any = None
         self.info: dict[str, Any] = {}
         self.device = torch.device("cpu")
@@ -402,6 +407,16 @@ class Connection(Link):
         self._alive()
         to._alive()
         self.spawn(transfer(self, ids, to, new_ids))
+
+    @property
+    def blocking(self) -> bool:
+        """Whether what brings something back returns it, instead of an awaitable.
+
+        What awaits in the loop's thread (:data:`awaited`) is given awaitables by all.
+        """
+        if not self._is_blocking:
+            return False
+        return not (awaited.get() and threading.get_ident() == self._thread)
 
     def settle(self, asked: Awaitable[Any]) -> Any:
         """An awaitable as it is, or in the blocking world its result."""

@@ -81,7 +81,7 @@ class Network:
                     "as functools.partial(wsfed.connect, url)"
                 )
             if getattr(getattr(each, "link", None), "blocking", False):
-                raise TypeError(f"{each!r} is of the blocking world; fit() is awaited")
+                raise TypeError(f"{each!r} is of the blocking world: write wsfed.sync.fit(...)")
         self._places = [_Place(each) for each in workers]
         self._model, self._setup = model, setup
 

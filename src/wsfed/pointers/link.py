@@ -22,20 +22,22 @@ class Link(Protocol):
     Attributes:
         worker: what ``Pointer.location`` gives; has an ``id``.
         device: where the worker computes.
-        blocking: ``settle`` and ``run`` return results instead of awaitables.
         recordings: that hold back what is released while they last.
         plans: what was shipped, by the hash of the program.
     """
 
     worker: Any
     device: torch.device
-    blocking: bool
     recordings: list[Any]
     plans: weakref.WeakValueDictionary[str, Any]
 
     @property
     def closed(self) -> bool:
         """The session is over."""
+
+    @property
+    def blocking(self) -> bool:
+        """Whether ``settle`` and ``run`` return results instead of awaitables, called here."""
 
     def new_id(self) -> int:
         """An identifier that the session has not used."""

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator
 from functools import partial
@@ -309,6 +310,23 @@ def test_ctrl_c_ends_a_training_and_leaves_nothing_running(one_thread: None) -> 
             assert torch.equal(alice.send(torch.ones(2)).get(), torch.ones(2))
     finally:
         signal.signal(signal.SIGINT, before)
+    assert not background.running
+
+
+def test_a_callback_may_end_the_program() -> None:
+    class Leaving(federated.Callback):
+        def round_ends(self, round: federated.Round, history: federated.History) -> str | None:
+            sys.exit(3)
+
+    with sync.VirtualWorker("alice", datasets=rows(1)) as alice:
+        with pytest.raises(SystemExit) as caught:
+            sync.fit(
+                *(network(), [alice], "points", F.cross_entropy, SGD),
+                rounds=2,
+                callbacks=[Leaving()],
+            )
+        assert caught.value.code == 3
+        assert torch.equal(alice.send(torch.ones(2)).get(), torch.ones(2))
     assert not background.running
 
 

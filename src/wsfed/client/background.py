@@ -62,7 +62,7 @@ class BackgroundLoop:
         over = threading.Event()
 
         def begin() -> None:
-            begun.append(loop.create_task(work))
+            begun.append(loop.create_task(_contained(work)))
             begun[0].add_done_callback(lambda _: over.set())
 
         loop.call_soon_threadsafe(begin)
@@ -72,7 +72,10 @@ class BackgroundLoop:
             loop.call_soon_threadsafe(lambda: begun[0].cancel())
             over.wait()
             raise
-        return begun[0].result()
+        try:
+            return begun[0].result()
+        except _Exiting as exiting:
+            raise exiting.error from None
 
     def _start(self) -> None:
         loop = asyncio.new_event_loop()
@@ -89,6 +92,20 @@ class BackgroundLoop:
             return
         asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
         thread.join(timeout=5)
+
+
+class _Exiting(Exception):
+    """Something wants to end the program, and not only the loop and its thread."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+async def _contained(work: Coroutine[Any, Any, _T]) -> _T:
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _Exiting(error) from None
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -16,6 +16,14 @@ from torch import nn
 from wsfed.errors import FederatedError, PrivacyBudgetSpent
 from wsfed.federated.callbacks import Callback
 from wsfed.federated.checkpoint import Checkpoint, Saved
+from wsfed.federated.compression import (
+    Cast,
+    Compression,
+    Quantise,
+    TopK,
+    check_fits,
+    compression_of,
+)
 from wsfed.federated.contribution import SecAgg
 from wsfed.federated.dp import DP, Budget
 from wsfed.federated.history import History, Round, SiteRound
@@ -62,6 +70,7 @@ async def fit(
     evaluate_every: int = 1,
     callbacks: Sequence[Callback] = (),
     privacy: SecAgg | DP | None = None,
+    compression: str | Cast | Quantise | TopK | Compression | None = None,
     checkpoint: Checkpoint | str | Path | None = None,
     resume: bool = False,
 ) -> History:
@@ -106,9 +115,14 @@ async def fit(
         privacy: ``SecAgg(roster)``: replies are added up by secure aggregation, and nobody sees a
             single one; what sites change is clipped to the roster's ``bound``. ``DP(…)``: what
             sites change is clipped, noise is added to the sum, and the budget is kept.
+        compression: of what travels each round. ``"fp16"``, ``"bf16"``: both ways; ``"int8"``,
+            ``"int4"``, ``"top-k"`` (:class:`~wsfed.federated.TopK`): of what sites change;
+            :class:`~wsfed.federated.Compression` for each way its own. What a worker cannot do is
+            refused before the first round.
         checkpoint: a folder, or a :class:`~wsfed.federated.Checkpoint`.
         resume: go on from the newest checkpoint, to the same weights bit for bit; without one,
-            begin.
+            begin. What ``TopK`` has kept on workers for later is lost then, as it is with a worker
+            that is lost, so its weights are others.
 
     Returns:
         All rounds, those before a resumption included.
@@ -139,15 +153,20 @@ async def fit(
         raise ValueError(f"{strategy.name} takes no late replies: schedule={schedule!r}, {late=}")
     if privacy is not None:
         _check_private(strategy, schedule, keep, privacy)
+    compressed = compression_of(compression)
+    if compressed is not None:
+        check_fits(compressed, strategy, privacy)
     closing = Closing(deadline, min_workers, min_fraction, keep_late=keep)
     saves = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     settings: dict[str, Any] = {"strategy": strategy.name, **strategy.settings}
     settings["schedule"] = schedule
     settings |= {"seed": seed, "local_epochs": local_epochs, "batch_size": batch_size}
     settings["privacy"] = privacy.told if isinstance(privacy, SecAgg) else repr(privacy)
+    settings["compression"] = None if compressed is None else repr(compressed)
     begin = await asyncio.to_thread(_begin, model, strategy, saves, settings, resume)
     terms = strategy.local_terms(begin.memory, "")
-    setup = Setup(dataset, validation, recipe, terms.proximal, isinstance(strategy, Scaffold))
+    corrects = isinstance(strategy, Scaffold)
+    setup = Setup(dataset, validation, recipe, terms.proximal, corrects, compressed)
     _set(model, begin.state)
     sampler = sampler or Everyone()
     training = _Training(

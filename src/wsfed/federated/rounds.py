@@ -167,9 +167,11 @@ class Rounds:
             UpdateRejected: a reply cannot be used.
             WsfedError: a site failed in another way than being lost.
         """
+        await _aside(self.state, self._network.broadcast.prepare, self.state)
+        alone = len(selection.chosen) == 1
         for site in self._sites(selection):
             if site.name not in self._working:
-                self._start(site, number)
+                self._start(site, number, alone)
         replies = _Replies(self._strategy, selection.chosen, alike=self._dp is not None)
         told = await self._collect(number, selection, replies)
         await self._check_enough(number, selection, replies, told)
@@ -246,18 +248,21 @@ class Rounds:
         chosen = set(selection.chosen)
         return [site for site in self._network.sites if site.name in chosen]
 
-    def _start(self, site: Site, number: int) -> None:
+    def _start(self, site: Site, number: int, alone: bool) -> None:
         terms = self._strategy.local_terms(self.memory, site.name)
-        task = asyncio.create_task(self._train(site, self.state, terms, number))
+        task = asyncio.create_task(self._train(site, self.state, terms, number, remember=alone))
         task.add_done_callback(lambda _: self._finished.put_nowait(site.name))
         self._working[site.name] = _Work(task, number, self.state)
 
-    async def _train(self, site: Site, state: State, terms: LocalTerms, number: int) -> _Outcome:
+    async def _train(
+        self, site: Site, state: State, terms: LocalTerms, number: int, *, remember: bool
+    ) -> _Outcome:
         try:
             report = await site.train(
                 *(state, terms, number, self._strategy, self._progress),
                 fetch=self._secure is None,
                 clip=self.clip,
+                remember=remember,
             )
             if not self._strategy.tolerates_garbage:
                 await _aside(report.reply.state, _check, report.reply, number)
@@ -338,9 +343,10 @@ class Rounds:
         """
         state, told = self.state, list[SiteRound]()
         for site in self._sites(selection):
+            await _aside(state, self._network.broadcast.prepare, state)
             try:
                 async with asyncio.timeout(self._closing.deadline):
-                    outcome = await self._train(site, state, LocalTerms(), number)
+                    outcome = await self._train(site, state, LocalTerms(), number, remember=True)
             except TimeoutError:
                 outcome = "late"
             if isinstance(outcome, Exception):
@@ -362,6 +368,8 @@ class Rounds:
     async def judge(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Loss and metrics of the model on the sites' rows for that: of all, and of each."""
         sites = [site for site in self._network.sites if site.validation_rows]
+        if sites:
+            await _aside(self.state, self._network.broadcast.prepare, self.state)
         found = await asyncio.gather(*(self._judge(site) for site in sites))
         each = {
             site.name: told for site, told in zip(sites, found, strict=True) if told is not None

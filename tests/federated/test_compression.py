@@ -286,7 +286,7 @@ async def test_residuals_wait_for_the_round_in_which_their_site_trains_again(
     assert_equal(model, local)
 
 
-async def test_a_site_that_was_stopped_keeps_the_residual_that_it_had(
+async def test_a_site_whose_reply_is_not_used_keeps_the_residual_that_it_had(
     workers: list[wsfed.Worker],
 ) -> None:
     model = network()
@@ -296,16 +296,18 @@ async def test_a_site_that_was_stopped_keeps_the_residual_that_it_had(
         (site,) = sites.sites
         state = {name: value.detach().clone() for name, value in state_of(model).items()}
         arguments = (state, federated.LocalTerms())
-        await site.train(*arguments, 1, federated.FedAvg())
+        site.keep(await site.train(*arguments, 1, federated.FedAvg()))
         kept = site._residual
         assert (await kept.get()).count_nonzero() > 0
+        await site.train(*arguments, 2, federated.FedAvg())  # it came too late to be used
+        assert site._residual is kept
         task = asyncio.create_task(
-            site.train(*arguments, 2, federated.FedAvg(), lambda *_: task.cancel())
+            site.train(*arguments, 3, federated.FedAvg(), lambda *_: task.cancel())
         )
         with pytest.raises(asyncio.CancelledError):
             await task
         assert site._residual is kept
-        await site.train(*arguments, 3, federated.FedAvg())
+        site.keep(await site.train(*arguments, 4, federated.FedAvg()))
         assert site._residual is not kept
 
 

@@ -350,20 +350,17 @@ async def negotiate(worker: Any, compression: Compression) -> None:
         FederatedError: it cannot.
         ConnectionLost, SessionLost: it is gone.
     """
-    few = torch.tensor([0.5, -1.0, 0.0])
-    wanted = torch.zeros(3)
+    few, scheme, cast = torch.tensor([0.1, -1.7, 0.0]), compression.scheme, compression.broadcast
     try:
         with torch.no_grad():
-            there = worker.send(
-                few if compression.broadcast is None else compression.broadcast.cast(few)
-            )
-            given = worker.send(wanted)
-            given.copy_(there)
-            told, kept = compression.scheme.encode([given], None)
+            given = worker.send(few if cast is None else cast.cast(few))
+            entry = worker.send(torch.zeros(3))
+            entry.copy_(given)
+            told, kept = scheme.encode([(entry + 1).detach() - given], None)
             if kept is not None:
-                told, kept = compression.scheme.encode([given], kept)
+                told, _ = scheme.encode([entry], kept)
             asked = modules.get(told)
-        compression.scheme.decode(await asked, [few.shape])
+        scheme.decode(await asked, [few.shape])
     except (ConnectionLost, SessionLost):
         raise
     except (WsfedError, ValueError) as error:

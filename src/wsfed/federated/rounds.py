@@ -91,11 +91,13 @@ class _Work:
     """A site that trains.
 
     Attributes:
+        site: which.
         task: of it.
         since: round in which it was given its model.
         given: that model.
     """
 
+    site: Site
     task: asyncio.Task[_Outcome]
     since: int
     given: State
@@ -252,7 +254,7 @@ class Rounds:
         terms = self._strategy.local_terms(self.memory, site.name)
         task = asyncio.create_task(self._train(site, self.state, terms, number, remember=alone))
         task.add_done_callback(lambda _: self._finished.put_nowait(site.name))
-        self._working[site.name] = _Work(task, number, self.state)
+        self._working[site.name] = _Work(site, task, number, self.state)
 
     async def _train(
         self, site: Site, state: State, terms: LocalTerms, number: int, *, remember: bool
@@ -307,6 +309,7 @@ class Rounds:
             raise outcome
         if isinstance(outcome, str):
             return SiteRound(name, outcome)
+        work.site.keep(outcome)
         staleness = number - work.since
         given = None if work.given is self.state else work.given
         reply = replace(outcome.reply, staleness=staleness, given=given)
@@ -354,6 +357,7 @@ class Rounds:
             if isinstance(outcome, str):
                 told.append(SiteRound(site.name, outcome))
                 continue
+            site.keep(outcome)
             state = outcome.reply.state
             told.append(_record(outcome, 0))
         count = sum(each.outcome == "used" for each in told)

@@ -32,6 +32,7 @@ class Report:
         seconds: from the first command to the last byte of the answer.
         bytes_up: to the worker, of its sites together since another one has reported.
         bytes_down: from it, likewise.
+        residual: what was not sent of the changes: a pointer; see :meth:`Site.keep`.
     """
 
     reply: Reply
@@ -39,6 +40,7 @@ class Report:
     seconds: float
     bytes_up: int
     bytes_down: int
+    residual: Any = None
 
 
 @dataclass(slots=True)
@@ -217,18 +219,16 @@ class Site:
             issued.told = await issued.asked.values
 
     async def _values(self, issued: _Issued, state: State, round: int) -> State:
-        """Of the model, from what has come. What was not sent is kept from here on."""
+        """Of the model, from what has come."""
         if issued.asked is None:
             return {}
         told, issued.told = issued.told, ()
         try:
             if not self._replica.compresses:
                 return self._replica.named(told, state)
-            values = await asyncio.to_thread(self._replica.named, told, state)
+            return await asyncio.to_thread(self._replica.named, told, state)
         except ValueError as error:
             raise UpdateRejected(round, self.name, str(error)) from None
-        self._residual = issued.asked.residual
-        return values
 
     async def _report(self, issued: _Issued, seconds: float) -> Report:
         assert issued.losses is not None
@@ -241,9 +241,13 @@ class Site:
             loss_before=issued.loss_before,
             within=None if issued.within is None else bool(await issued.within),
         )
-        return Report(
-            reply, self._mean(issued.losses, self.rows), seconds, *self._replica.take_traffic()
-        )
+        loss, traffic = self._mean(issued.losses, self.rows), self._replica.take_traffic()
+        residual = None if issued.asked is None else issued.asked.residual
+        return Report(reply, loss, seconds, *traffic, residual)
+
+    def keep(self, report: Report) -> None:
+        """This was used: the next round adds what was not sent of it."""
+        self._residual = report.residual
 
     def contributor(self, strategy: Strategy) -> Contributor:
         """As a member of a round of secure aggregation, once it has trained."""

@@ -33,7 +33,7 @@ from torch.distributed import rpc as torch_rpc
 
 import wsfed
 from benchmarks import ours, rpc, sockets
-from benchmarks.cost import breakdown, growth, memory_of
+from benchmarks.cost import breakdown, growth, memory_of, of_a_step
 from benchmarks.machine import machine
 from benchmarks.tasks import TASKS, Task, write_data
 from wsfed import sync
@@ -94,10 +94,14 @@ async def links(remote: wsfed.Worker, repetitions: int) -> dict[str, dict[str, f
             },
             repetitions,
         )
-        ways: dict[str, list[tuple[float, float]]] = {"wsfed": [], "websockets": []}
+        ways: dict[str, list[tuple[float, float]]] = {}
         for _ in range(repetitions + 1):
-            ways["wsfed"].append(await ours.bulk(remote, 64 * MIB))
-            ways["websockets"].append(await sockets.bulk(raw, 64 * MIB))
+            for name, taken_by in (
+                ("wsfed", ours.bulk(remote, 64 * MIB)),
+                ("websockets, copied and kept,", sockets.tensor(raw, 64 * MIB)),
+                ("websockets, thrown away,", sockets.bulk(raw, 64 * MIB)),
+            ):
+                ways.setdefault(name, []).append(await taken_by)
     bulk = {
         f"{name} {way}": 64 / statistics.median(each[place] for each in taken[1:])
         for name, taken in ways.items()
@@ -108,6 +112,24 @@ async def links(remote: wsfed.Worker, repetitions: int) -> dict[str, dict[str, f
         "One value, µs": {name: each * 1e6 for name, each in one.items()},
         "64 MiB, MiB/s": bulk,
     }
+
+
+async def where_it_goes(remote: wsfed.Worker, process: int, repetitions: int) -> dict[str, float]:
+    """Milliseconds of CPU of a step through pointers, by thread."""
+    found: dict[str, float] = {}
+    for name in ("MLP, SGD", "transformer, SGD"):
+        task = TASKS[name]
+        ways = {"op by op": ours.op_by_op(task, remote), "plan": ours.plan(task, remote)}
+        taken: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for turn in range(repetitions + 1):
+            for way, repetition in ways.items():
+                spent = await of_a_step(repetition, task.steps, process)
+                if turn:
+                    taken[way].append(spent)
+        for way, each in taken.items():
+            for thread in each[0]:
+                found[f"{task.name}, {way}: {thread}"] = statistics.median(s[thread] for s in each)
+    return found
 
 
 async def far_away(url: str, repetitions: int) -> dict[str, float]:
@@ -148,6 +170,7 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, An
             with console.status("50 ms away"):
                 results["MLP, SGD, 50 ms away, ms a step"] = await far_away(url, repetitions)
             with console.status("costs"):
+                results["CPU of a step, ms"] = await where_it_goes(remote, process, repetitions)
                 results["An elementwise operation, µs of the client's CPU"] = breakdown()
                 results["The same beside so many live pointers, µs"] = growth()
                 results["Memory, MiB"] = await ours.grown(remote, lambda: memory_of(process))
@@ -197,13 +220,21 @@ the median of each is shown. One client process, one worker process of one threa
 the ratios carry over** to other machines; no test asserts a time.
 
 A step of training through pointers is two or three dozen commands, of which nothing waits but the
-last loss. What a worker adds to a command is about 2 µs; an ordinary operation costs the client
-about 5 µs of CPU, whatever the number of pointers. The rest of the difference to in-process torch
-is the socket, and two threads of the worker that share Python's interpreter lock. A
+last loss. The client is done long before the worker ("CPU of a step"); what decides is the worker,
+where the thread that runs operations and the event loop share Python's interpreter lock, so that
+what the loop does comes on top, and 5 to 10 µs for each command: looking up its tensors, its
+result's size, the result's place. Small operations feel that, large ones do not. A
 [plan](plans.md) is one message a step, or one for all of them, and its worker runs a list of calls.
-For Adam over a data set the client works first, on the counts of all steps. One value takes
-the way through both event loops, so it costs more than an echo: ask for many at once
-(`loss.get()` leaves when it is called; await it later, or `.add_done_callback(...)`).
+For Adam over a data set the client works first, on the counts of all steps.
+
+One value takes two event loops to their next turn, as an echo does, and three times as much
+Python: the session's numbering and acknowledgements, msgpack and its checks, a copy of the value,
+the future. Ask for many at once instead (`loss.get()` leaves when it is called; await it later, or
+`.add_done_callback(...)`).
+
+Of a large tensor's way most is memory: what is sent is copied first, as the program may write to
+it in the next line, and what is received goes to pages that nobody has used yet. `websockets` that
+does the same is the floor; where pieces are thrown away as they come, it does nothing of that.
 
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from wsfed.pointers import optimizers
 from wsfed.pointers.site import capture_site
 from wsfed.protocol.codec import pack
 
-__all__ = ["breakdown", "growth", "memory_of"]
+__all__ = ["breakdown", "growth", "memory_of", "of_a_step"]
 
 _COUNT = 5000
 
@@ -92,6 +92,29 @@ def growth() -> dict[str, float]:
             gc.collect()  # Python's collector may be due just now, which is another cost
             found[f"{many:,}"] = _microseconds(lambda: x + x)
     return found
+
+
+async def of_a_step(
+    repetition: Callable[[], Awaitable[float]], steps: int, process: int
+) -> dict[str, float]:
+    """Milliseconds of CPU of one step by thread: the client's, the worker's two; and all of it."""
+    threads, client = _threads(process), time.process_time()
+    seconds = await repetition()
+    client = time.process_time() - client
+    worked = {thread: spent - threads.get(thread, 0) for thread, spent in _threads(process).items()}
+    loop = worked.pop(str(process))
+    return {
+        "client": client / steps * 1e3,
+        "worker, event loop": loop / steps * 1e3,
+        "worker, operations": max(worked.values()) / steps * 1e3,
+        "from the first to the last": seconds / steps * 1e3,
+    }
+
+
+def _threads(process: int) -> dict[str, float]:
+    """Seconds of CPU of each thread."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    return {each.name: int((each / "schedstat").read_text().split()[0]) / 1e9 for each in tasks}
 
 
 def memory_of(process: int) -> float:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,11 @@ import wsfed
 from benchmarks.federated_tasks import mlp, started
 from wsfed import federated
 from wsfed.federated import partition
+from wsfed.privacy.journal import Journal
+from wsfed.privacy.roster import Membership, Roster, new_key, public_key
 
 __all__ = [
-    *("NETWORKS", "SETTINGS", "Digits", "Setting", "digits", "fetch", "load", "parts"),
+    *("NETWORKS", "SETTINGS", "Digits", "Network", "Setting", "digits", "fetch", "load", "parts"),
     *("rounds_to", "save_parts", "train"),
 ]
 
@@ -173,28 +175,57 @@ def save_parts(folder: Path, sites: Sequence[Digits], workers: int) -> list[list
 # --- networks -------------------------------------------------------------------------------------
 
 
+#: L2 norm of what a site changes, above what any of them does here.
+_BOUND: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The workers, and how what they report is protected."""
+
+    workers: Sequence[Any]
+    privacy: federated.SecAgg | None = None
+
+
 @asynccontextmanager
-async def _virtual(sites: Sequence[Digits], folder: Path) -> AsyncIterator[list[Any]]:
+async def _virtual(sites: Sequence[Digits], folder: Path) -> AsyncIterator[Network]:
     """All sites on one worker of this process."""
-    datasets = [
-        wsfed.Dataset(f"shard-{at}", {"x": torch.from_numpy(s.x), "y": torch.from_numpy(s.y)})
-        for at, s in enumerate(sites)
-    ]
+    datasets = [_dataset(at, site) for at, site in enumerate(sites)]
     async with wsfed.VirtualWorker("all", datasets=datasets) as worker:
-        yield [worker]
+        yield Network([worker])
 
 
 @asynccontextmanager
-async def _processes(sites: Sequence[Digits], folder: Path) -> AsyncIterator[list[Any]]:
+async def _processes(sites: Sequence[Digits], folder: Path) -> AsyncIterator[Network]:
     """Ten worker processes with ten sites each."""
     with ExitStack() as stack:
         options = save_parts(folder, sites, min(WORKERS, len(sites)))
         told = started(stack, len(options), each=options)
-        yield [partial(wsfed.connect, each["url"]) for each in told]
+        yield Network([partial(wsfed.connect, each["url"]) for each in told])
+
+
+@asynccontextmanager
+async def _secure(sites: Sequence[Digits], folder: Path) -> AsyncIterator[Network]:
+    """Each site a worker of this process and a member of one roster; nothing but sums is seen."""
+    keys = {f"site-{at}": new_key() for at in range(len(sites))}
+    members = {name: public_key(key) for name, key in keys.items()}
+    roster = Roster("anchor", 1, members, bound=_BOUND)
+    async with AsyncExitStack() as stack:
+        workers = []
+        for at, (site, (name, key)) in enumerate(zip(sites, keys.items(), strict=True)):
+            membership = Membership(name, key, roster, Journal())
+            worker = wsfed.VirtualWorker(name, datasets=[_dataset(at, site)], membership=membership)
+            workers.append(await stack.enter_async_context(worker))
+        yield Network(workers, federated.SecAgg(roster))
+
+
+def _dataset(at: int, site: Digits) -> wsfed.Dataset:
+    fields = {"x": torch.from_numpy(site.x), "y": torch.from_numpy(site.y)}
+    return wsfed.Dataset(f"shard-{at}", fields)
 
 
 #: By the word that picks one.
-NETWORKS: Final = {"virtual": _virtual, "processes": _processes}
+NETWORKS: Final = {"virtual": _virtual, "processes": _processes, "secagg": _secure}
 
 
 class _Reached(federated.Callback):
@@ -210,7 +241,7 @@ class _Reached(federated.Callback):
 
 async def train(
     setting: Setting,
-    workers: Sequence[Any],
+    network: Network,
     test: Digits,
     *,
     rounds: int,
@@ -226,7 +257,7 @@ async def train(
     gradients = setting.epochs == 0
     return await federated.fit(
         mlp(),
-        workers,
+        network.workers,
         "shard-*",
         F.cross_entropy,
         None if gradients else partial(torch.optim.SGD, lr=setting.lr),
@@ -236,6 +267,7 @@ async def train(
         strategy=federated.FedSGD(setting.lr) if gradients else federated.FedAvg(),
         sampler=federated.Everyone() if gradients else federated.Uniform(fraction=0.1),
         seed=seed,
+        privacy=network.privacy,
         evaluate=evaluate,
         callbacks=[_Reached(max(setting.reference))],
     )

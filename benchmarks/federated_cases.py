@@ -457,8 +457,8 @@ async def _anchored(
     rounds = min(options.rounds or setting.most, setting.most)
     sites = anchors.parts(setting, rows, anchors.SITES, options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        async with anchors.NETWORKS[network](sites, Path(folder)) as workers:
-            return await anchors.train(setting, workers, test, rounds=rounds, seed=options.seed)
+        async with anchors.NETWORKS[network](sites, Path(folder)) as opened:
+            return await anchors.train(setting, opened, test, rounds=rounds, seed=options.seed)
 
 
 def _cells(rounds: Mapping[int, Sequence[int | str]]) -> list[str]:

@@ -1,42 +1,79 @@
-"""The floor: what websockets and the machine give, without wsfed."""
+"""The floor: what websockets and the machine give, without wsfed, between two processes."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 import websockets
 from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection
 
-__all__ = ["bulk", "delayed", "echo", "serving"]
+__all__ = ["bulk", "delayed", "echo", "serving", "tensor"]
 
-_PIECE = 256 * 1024
+_PIECE: Final = 256 * 1024
+_SMALL: Final = 64
+
+
+async def _answer(socket: ServerConnection) -> None:
+    """Small messages come back, large ones are thrown away; words ask for more."""
+    async for message in socket:
+        if isinstance(message, str):
+            word, nbytes = message.split()
+            if word == "send":
+                await _send(socket, memoryview(bytes(_PIECE)), int(nbytes) // _PIECE)
+            else:
+                kept = await _receive(socket, int(nbytes))
+                await socket.send("kept")
+                await _send(socket, memoryview(bytes(kept)))
+        elif len(message) <= _SMALL:
+            await socket.send(message)
+
+
+async def _send(socket: Connection, data: memoryview, times: int = 1) -> None:
+    for _ in range(times):
+        for start in range(0, len(data), _PIECE):
+            await socket.send(data[start : start + _PIECE])
+
+
+async def _receive(socket: Connection, nbytes: int) -> memoryview:
+    """So many bytes, each piece copied to where it belongs."""
+    kept, place = memoryview(bytearray(nbytes)), 0
+    while place < nbytes:
+        piece = await socket.recv(decode=False)
+        kept[place : place + len(piece)] = piece
+        place += len(piece)
+    return kept
+
+
+async def _serve() -> None:
+    async with websockets.serve(_answer, "127.0.0.1", 0, compression=None, max_queue=4) as server:
+        sys.stdout.write(f"{next(iter(server.sockets)).getsockname()[1]}\n")
+        sys.stdout.flush()
+        await asyncio.to_thread(sys.stdin.read)  # until who started this has ended
 
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[ClientConnection]:
-    """A server that answers small messages, swallows large ones, and sends as asked."""
-
-    async def serve(socket: ServerConnection) -> None:
-        async for message in socket:
-            if isinstance(message, str):
-                left, piece = int(message), bytes(_PIECE)
-                while left > 0:
-                    await socket.send(piece)
-                    left -= _PIECE
-            elif len(message) <= 64:
-                await socket.send(message)
-
-    async with (
-        websockets.serve(serve, "127.0.0.1", 0, compression=None, max_queue=4) as server,
-        websockets.connect(
-            f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}", compression=None
-        ) as socket,
-    ):
-        yield socket
+    """A connection to a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.sockets"), stdin=PIPE, stdout=PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        port = int(await process.stdout.readline())
+        async with websockets.connect(f"ws://127.0.0.1:{port}", compression=None) as socket:
+            yield socket
+    finally:
+        process.stdin.close()
+        await process.wait()
 
 
 async def echo(socket: ClientConnection, count: int = 300) -> float:
@@ -49,18 +86,30 @@ async def echo(socket: ClientConnection, count: int = 300) -> float:
 
 
 async def bulk(socket: ClientConnection, nbytes: int) -> tuple[float, float]:
-    """Seconds for so many bytes there and for so many back, in messages of 256 KiB."""
-    piece = bytes(_PIECE)
+    """Seconds for so many bytes there and for so many back, thrown away as they come."""
     begun = time.perf_counter()
+    await _send(socket, memoryview(bytes(_PIECE)), nbytes // _PIECE)
+    await echo(socket, 1)
+    up = time.perf_counter() - begun
+    begun = time.perf_counter()
+    await socket.send(f"send {nbytes}")
     for _ in range(nbytes // _PIECE):
-        await socket.send(piece)
-    await socket.send(b"done")
+        await socket.recv()
+    return up, time.perf_counter() - begun
+
+
+async def tensor(socket: ClientConnection, nbytes: int) -> tuple[float, float]:
+    """The same for bytes that may change behind the sender's back and are there afterwards:
+    copied before the first piece leaves, and put together in memory of their own.
+    """
+    data = bytearray(nbytes)
+    begun = time.perf_counter()
+    await socket.send(f"keep {nbytes}")
+    await _send(socket, memoryview(bytes(data)))
     await socket.recv()
     up = time.perf_counter() - begun
     begun = time.perf_counter()
-    await socket.send(str(nbytes))
-    for _ in range(nbytes // _PIECE):
-        await socket.recv()
+    await _receive(socket, nbytes)
     return up, time.perf_counter() - begun
 
 
@@ -92,3 +141,7 @@ async def delayed(port: int, seconds: float) -> AsyncIterator[int]:
     server = await asyncio.start_server(accept, "127.0.0.1", 0)
     async with server:
         yield server.sockets[0].getsockname()[1]
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve())

@@ -631,6 +631,19 @@ async def test_what_makes_no_sense_together_is_refused(
         )
 
 
+async def test_updates_that_are_private_already_are_compressed(
+    workers: list[wsfed.Worker],
+) -> None:
+    history = await federated.fit(
+        *(nn.Linear(4, 2), workers, "points", F.cross_entropy, SGD),
+        rounds=2,
+        compression=Compression(TopK(0.5), Cast("bf16")),
+        privacy=federated.DPSGD(noise=0.5),
+    )
+    assert all(site.outcome == "used" for each in history for site in each.sites)
+    assert history[-1].metrics["row_epsilon"] > 0
+
+
 async def test_secure_aggregation_is_of_exact_models(
     workers: list[wsfed.Worker],
 ) -> None:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import wsfed
 from tests.federated.rows import points
 from wsfed import federated
-from wsfed.federated.dp import DP, Budget, Noise, follow, release
+from wsfed.federated.budget import Budget
+from wsfed.federated.dp import DP, Noise, follow, release
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -114,10 +115,10 @@ def test_what_is_spent_is_what_the_accountant_says() -> None:
     budget, accountant = Budget(1.1, 1e-5, None), RDPAccountant()
     for _ in range(20):
         accountant.step(noise_multiplier=1.1, sample_rate=0.1)
-        spent = budget.spend(0.1)
+        spent = budget.spend({"": (0.1, 1)})
     assert spent == accountant.get_epsilon(1e-5)
     # One Gaussian: the best order a for epsilon = a / (2 z^2) + log(1 / delta) / (a - 1).
-    once = Budget(4.0, 1e-5, None).spend(1.0)
+    once = Budget(4.0, 1e-5, None).spend({"": (1.0, 1)})
     classical = min(a / 32 + math.log(1e5) / (a - 1) for a in [1 + x / 10 for x in range(1, 999)])
     assert once <= classical + 1e-9
     assert once > 0.5 * classical
@@ -126,7 +127,7 @@ def test_what_is_spent_is_what_the_accountant_says() -> None:
 async def test_the_budget_ends_training(workers: list[wsfed.Worker]) -> None:
     epsilons = [Budget(2.0, 1e-5, None)]
     for _ in range(3):
-        epsilons[0].spend(1.0)
+        epsilons[0].spend({"": (1.0, 1)})
     three = epsilons[0].epsilon()
     history = await fit(network(), workers, rounds=9, privacy=DP(noise=2.0, budget=three + 1e-6))
     assert len(history) == 3
@@ -150,7 +151,7 @@ async def test_a_resumed_training_has_spent_what_it_had(
     await fit(network(), workers, rounds=2, **more)
     history = await fit(network(), workers, rounds=4, resume=True, **more)
     budget = Budget(2.0, 1e-5, None)
-    assert history.series("epsilon") == [budget.spend(1.0) for _ in range(4)]
+    assert history.series("epsilon") == [budget.spend({"": (1.0, 1)}) for _ in range(4)]
 
 
 async def test_poisson_samples_spend_less(workers: list[wsfed.Worker]) -> None:

@@ -103,7 +103,7 @@ def test_what_a_program_makes_counts_before_it_is_made() -> None:
 def test_a_run_over_a_data_set_reports_and_answers(machine: Machine) -> None:
     program = Program((Spec("float32", (2, 2)),), (0.5,), (), (op("Tensor.sum", 3, [1]),), (3,))
     define(machine, program)
-    over = m.RunOver(1, "secret", ["x"], None, 2, 3, [[100, 6, [0], 1, [0]]], 0, [0], None)
+    over = m.RunOver(1, "secret", ["x"], None, 2, 3, [[100, 6, [0], 1, [0]]], 0, [0], None, None)
     outcome = machine.run(over, tensors=[torch.tensor([0.5], dtype=torch.float64)])
     progress, answer = (reply.message for reply in outcome.replies)
     assert isinstance(progress, m.Progress) and isinstance(answer, m.ValueReply)
@@ -130,7 +130,8 @@ def test_a_run_over_a_data_set_that_cannot_be_is_told(
     define(machine, Program((Spec("float32", (2, 2)),), (), (), (op("Tensor.sum", 3, [1]),), (3,)))
     given = {
         "request": 1, "name": "secret", "fields": ["x"], "seed": None, "batch_size": 2,
-        "batches": 3, "segments": [[100, 3, [0], 1, [0]]], "tensor": 0, "shown": [0], "until": None,
+        "batches": 3, "segments": [[100, 3, [0], 1, [0]]], "tensor": 0, "shown": [0],
+        "until": None, "rate": None,
     }  # fmt: skip
     outcome = machine.run(
         m.RunOver(**{**given, **changes}), tensors=[torch.zeros(0, dtype=torch.float64)]

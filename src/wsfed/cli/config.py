@@ -162,10 +162,14 @@ class TrainingSection(_Section):
 
 
 class PrivacySection(_Section):
-    """``[privacy]``: ``kind = "dp"`` with its numbers, or ``kind = "secagg"`` with a roster."""
+    """``[privacy]``: ``kind = "dp"`` or ``"dpsgd"`` with numbers, or ``"secagg"`` with a roster.
+
+    ``rows`` holds the numbers of DP-SGD, together with one of the other kinds.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    kind: Literal["dp", "secagg"]
+    kind: Literal["dp", "dpsgd", "secagg"]
+    rows: Mapping[str, float] | None = None
     roster: Path | None = None
     owner: str | None = None
 
@@ -298,14 +302,19 @@ class Configuration(_Section):
             return None
         extra = section.model_extra or {}
         try:
+            if section.kind == "dpsgd":
+                if section.rows is not None:
+                    raise ValueError("rows go with another kind: dp or secagg")
+                return federated.DPSGD(**extra)
+            rows = [] if section.rows is None else [federated.DPSGD(**section.rows)]
             if section.kind == "dp":
-                return federated.DP(**extra)
+                return [federated.DP(**extra), *rows]
             if section.roster is None or section.owner is None:
                 raise ValueError('kind = "secagg" needs a roster and its owner\'s public key')
             from wsfed.privacy.roster import load_roster
 
             roster = load_roster(folder / section.roster).check(section.owner)
-            return federated.SecAgg(roster, **extra)
+            return [federated.SecAgg(roster, **extra), *rows]
         except (ImportError, OSError, TypeError, ValueError) as error:
             raise FederatedError(f"[privacy] {error}") from None
 

@@ -309,8 +309,10 @@ async def _serve(
     until_eof: bool,
 ) -> bool:
     from wsfed.node import Node
+    from wsfed.worker.memory import keep_memory
 
     assert isinstance(node, Node)
+    keep_memory()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

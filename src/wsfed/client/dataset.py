@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from wsfed.pointers.site import capture_site
 from wsfed.protocol import messages as m
 from wsfed.tensors import DTYPES
 
-__all__ = ["Loader", "RemoteDataset"]
+__all__ = ["Loader", "RemoteDataset", "capacity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +109,13 @@ class RemoteDataset:
         self,
         plan: Plan[..., Any],
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         epochs: int = 1,
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        sample_rate: float | None = None,
+        steps: int | None = None,
         fields: Sequence[str] | None = None,
         until: Callable[[Any], Any] | None = None,
     ) -> DatasetRun:
@@ -125,6 +128,12 @@ class RemoteDataset:
                 for batch in loader:
                     results.append(plan(*batch))
 
+        With ``sample_rate`` and ``steps`` batches come by Poisson sampling instead: each row is
+        taken with that probability, by itself, which nobody but the worker can foresee. A plan has
+        fixed shapes, so each batch has :func:`capacity` rows and the plan is given one tensor
+        more, the weights (float32, one a row): 1 for rows that were taken and 0 for those that
+        only fill up.
+
         Args:
             plan: made by :func:`wsfed.plan`; it is given the fields of a batch, and gives numbers
                 (tensors of one element), or collections of them.
@@ -133,22 +142,34 @@ class RemoteDataset:
             shuffle: a new order each epoch: that of the seed ``seed + epoch``.
             seed: see ``shuffle``.
             drop_last: leave out a last batch that is not full.
+            sample_rate: probability of a row, in place of ``batch_size`` and ``epochs``.
+            steps: batches, with ``sample_rate``.
             fields: names of those that are given, in order; by default all.
             until: of the plan's result: a tensor of one element. The run ends when it is true.
 
         Raises:
             TypeError: what is to be run is no plan.
-            ValueError: no epoch, no batch, or a batch of less than one row.
+            ValueError: no epoch, no batch, a batch of less than one row, or settings that do not go
+                together.
             NotFound: there is no such field.
             PlanError: the function cannot be recorded, or gives something else than numbers.
         """
         if not isinstance(plan, Plan):
             raise TypeError(f"a {type(plan).__name__} is no plan: decorate it with @wsfed.plan")
-        batches = self._batches(batch_size, epochs, seed if shuffle else None, drop_last)
+        if sample_rate is not None or steps is not None:
+            if batch_size is not None or epochs != 1 or shuffle or drop_last:
+                raise ValueError("sample_rate and steps take the place of batch_size and epochs")
+            batches = self._sampled(sample_rate, steps)
+        elif batch_size is None:
+            raise ValueError("give a batch_size, or a sample_rate and steps")
+        else:
+            batches = self._batches(batch_size, epochs, seed if shuffle else None, drop_last)
         wanted = {name: self._field(name) for name in (self.fields if fields is None else fields)}
 
         def make(rows: int) -> list[Pointer]:
             shapes = [((rows, *field.shape[1:]), field.dtype) for field in wanted.values()]
+            if batches.rate is not None:
+                shapes.append(((rows,), torch.float32))
             return [make_pointer(self._link, self._link.new_id(), *shape) for shape in shapes]
 
         with plan.lock:
@@ -163,6 +184,12 @@ class RemoteDataset:
         if not sizes:
             raise ValueError(f"{self.rows} rows make no batch of {batch_size}")
         return Batches(epochs, batch_size, seed, sizes)
+
+    def _sampled(self, rate: float | None, steps: int | None) -> Batches:
+        if rate is None or steps is None or not 0 < rate <= 1 or steps < 1:
+            raise ValueError(f"a rate above 0, at most 1, and steps: {rate=}, {steps=}")
+        size = capacity(self.rows, rate)
+        return Batches(1, size, None, [size] * steps, float(rate))
 
     def loader(
         self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
@@ -180,6 +207,15 @@ class RemoteDataset:
         """
         _check_size(batch_size)
         return Loader(self, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
+
+
+def capacity(rows: int, rate: float) -> int:
+    """Rows of a batch by Poisson sampling, which hold what is taken in all but one case in 10^9.
+
+    The mean and seven standard deviations of the binomial distribution and twenty rows.
+    """
+    mean = rows * rate
+    return min(rows, math.ceil(mean + 7 * math.sqrt(mean * (1 - rate)) + 20))
 
 
 def _check_size(batch_size: int) -> None:

@@ -31,12 +31,14 @@ class Batches:
         batch_size: rows of a full batch.
         seed: ``None`` for the rows' own order; the order of epoch ``n`` is that of ``seed + n``.
         sizes: rows of each batch of an epoch.
+        rate: probability with which each row is taken; ``None`` for batches in order.
     """
 
     epochs: int
     batch_size: int
     seed: int | None
     sizes: Sequence[int]
+    rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,7 @@ def begin(
             0,
             shown,
             judged,
+            batches.rate,
         ).wire()
 
     note = ahead.segments[-1].step.assembled.sites.called_at(site)

@@ -106,6 +106,12 @@ class Worker:
         """Seed this session's random numbers, as ``torch.manual_seed`` does locally."""
         self._connection.issue(m.Seed(seed).wire())
 
+    def seed(self) -> None:
+        """Seed this session's random numbers from the worker's entropy, so that nobody can foresee
+        them: as ``torch.seed`` does, but that the seed is not told.
+        """
+        self._connection.issue(m.Seed(None).wire())
+
     def search(self, *tags: str) -> Any:
         """Pointers to everything of this session and of the owner's that has all tags."""
         return self._connection.run(

@@ -21,6 +21,7 @@ from wsfed.federated.checkpoint import Checkpoint
 from wsfed.federated.compression import Cast, Compression, Quantise, TopK
 from wsfed.federated.contribution import SecAgg
 from wsfed.federated.dp import DP
+from wsfed.federated.dpsgd import DPSGD
 from wsfed.federated.fit import fit
 from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.recipe import seed_of
@@ -54,6 +55,7 @@ from wsfed.federated.strategies.strategy import LocalTerms, MeanStrategy, Reply,
 
 __all__ = [
     "DP",
+    "DPSGD",
     "Bulyan",
     "Callback",
     "Candidate",

@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
-from wsfed.errors import PrivacyBudgetSpent
 from wsfed.privacy.noise import unforeseeable
 
-__all__ = ["CLIP", "DP", "Budget", "Noise", "follow", "release"]
+__all__ = ["CLIP", "DP", "Noise", "follow", "release"]
 
 #: Where the clipping bound stands in a strategy's memory, so that it is part of checkpoints.
 CLIP: Final = "privacy/clip"
@@ -89,58 +88,6 @@ class Noise:
     def number(self, deviation: float) -> float:
         """One number."""
         return float(self._generator.normal(0.0, deviation))
-
-
-class Budget:
-    """What has been spent, by Rényi differential privacy (opacus' accountant).
-
-    Args:
-        noise: multiplier of each round.
-        delta: of the guarantee.
-        budget: epsilon that must not be exceeded.
-
-    Raises:
-        ImportError: opacus is not installed.
-    """
-
-    def __init__(self, noise: float, delta: float, budget: float | None) -> None:
-        from opacus.accountants import RDPAccountant
-
-        self._make: Any = RDPAccountant
-        self._noise, self._delta, self._budget = noise, delta, budget
-        self._rates: list[float] = []
-
-    def epsilon(self, *more: float) -> float:
-        """Spent so far, and by rounds of these sample rates besides."""
-        rates = [*self._rates, *more]
-        if not rates:
-            return 0.0
-        accountant = self._make()
-        for rate in rates:
-            accountant.step(noise_multiplier=self._noise, sample_rate=rate)
-        return float(accountant.get_epsilon(self._delta))
-
-    def check(self, rate: float) -> None:
-        """Whether another round may be made.
-
-        Raises:
-            PrivacyBudgetSpent: it would exceed the budget.
-        """
-        if self._budget is not None and (after := self.epsilon(rate)) > self._budget:
-            raise PrivacyBudgetSpent(after, self._delta, self._budget)
-
-    def spend(self, rate: float) -> float:
-        """Account for a round.
-
-        Args:
-            rate: probability with which a site takes part, each by itself (Poisson sampling); 1 for
-                any other way of choosing.
-
-        Returns:
-            Epsilon so far.
-        """
-        self._rates.append(rate)
-        return self.epsilon()
 
 
 def release(

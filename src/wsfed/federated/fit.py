@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import nn
 
 from wsfed.errors import FederatedError, PrivacyBudgetSpent
+from wsfed.federated.budget import Ledger, ledgers_of
 from wsfed.federated.callbacks import Callback
 from wsfed.federated.checkpoint import Checkpoint, Saved
 from wsfed.federated.compression import (
@@ -25,19 +26,24 @@ from wsfed.federated.compression import (
     compression_of,
 )
 from wsfed.federated.contribution import SecAgg
-from wsfed.federated.dp import DP, Budget
+from wsfed.federated.dp import DP
+from wsfed.federated.dpsgd import DPSGD
 from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.network import Network, Setup
+from wsfed.federated.per_sample import check_per_sample
 from wsfed.federated.recipe import Criterion, LocalOptimizer, Metric, Objective, Recipe
 from wsfed.federated.replica import buffers_of, state_of
 from wsfed.federated.rounds import Closing, Rounds
-from wsfed.federated.sampling import Everyone, Poisson, Sampler, Selection
+from wsfed.federated.sampling import Everyone, Sampler, Selection
 from wsfed.federated.strategies.fedasync import FedAsync
 from wsfed.federated.strategies.fedavg import FedAvg
 from wsfed.federated.strategies.scaffold import Scaffold
 from wsfed.federated.strategies.strategy import MeanStrategy, Strategy
 
 __all__ = ["fit"]
+
+#: What protects sites, or their rows.
+Privacy: TypeAlias = SecAgg | DP | DPSGD
 
 _SCHEDULES: Final = ("concurrent", "sequential", "async")
 
@@ -69,7 +75,7 @@ async def fit(
     evaluate: Callable[[nn.Module], Any] | None = None,
     evaluate_every: int = 1,
     callbacks: Sequence[Callback] = (),
-    privacy: SecAgg | DP | None = None,
+    privacy: Privacy | Sequence[Privacy] | None = None,
     compression: str | Cast | Quantise | TopK | Compression | None = None,
     checkpoint: Checkpoint | str | Path | None = None,
     resume: bool = False,
@@ -115,6 +121,8 @@ async def fit(
         privacy: ``SecAgg(roster)``: replies are added up by secure aggregation, and nobody sees a
             single one; what sites change is clipped to the roster's ``bound``. ``DP(…)``: what
             sites change is clipped, noise is added to the sum, and the budget is kept.
+            ``DPSGD(…)``: the same for single rows, in each local step, on the worker; alone, or
+            together with one of the others, as a list.
         compression: of what travels each round. ``"fp16"``, ``"bf16"``: both ways; ``"int8"``,
             ``"int4"``, ``"top-k"`` (:class:`~wsfed.federated.TopK`): of what sites change;
             :class:`~wsfed.federated.Compression` for each way its own. What a worker cannot do is
@@ -136,6 +144,7 @@ async def fit(
         ValueError: a setting is out of range.
     """
     strategy = strategy or (FedAsync() if schedule == "async" else FedAvg())
+    protection, dpsgd = _privacy(privacy)
     recipe = Recipe(
         _objective(loss, objective),
         _local_optimizer(optimizer, strategy),
@@ -146,22 +155,26 @@ async def fit(
         fields,
         dict(metrics or {}),
         seed,
+        dpsgd,
     )
     _check_settings(model, rounds, schedule, strategy, late, evaluate_every, callbacks)
     keep = schedule == "async" or late == "keep"
     if keep and not strategy.tolerates_staleness:
         raise ValueError(f"{strategy.name} takes no late replies: schedule={schedule!r}, {late=}")
-    if privacy is not None:
-        _check_private(strategy, schedule, keep, privacy)
+    if protection is not None:
+        _check_private(strategy, schedule, keep, protection)
+    if dpsgd is not None:
+        await asyncio.to_thread(_check_rows, model, strategy)
     compressed = compression_of(compression)
     if compressed is not None:
-        check_fits(compressed, strategy, privacy)
+        check_fits(compressed, strategy, protection)
     closing = Closing(deadline, min_workers, min_fraction, keep_late=keep)
     saves = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     settings: dict[str, Any] = {"strategy": strategy.name, **strategy.settings}
     settings["schedule"] = schedule
     settings |= {"seed": seed, "local_epochs": local_epochs, "batch_size": batch_size}
-    settings["privacy"] = privacy.told if isinstance(privacy, SecAgg) else repr(privacy)
+    told = protection.told if isinstance(protection, SecAgg) else repr(protection)
+    settings["privacy"] = told if dpsgd is None else f"{told}, {dpsgd!r}"
     settings["compression"] = None if compressed is None else repr(compressed)
     begin = await asyncio.to_thread(_begin, model, strategy, saves, settings, resume)
     terms = strategy.local_terms(begin.memory, "")
@@ -179,7 +192,9 @@ async def fit(
         evaluate_every,
         strategy.min_replies,
         min_workers,
-        *await asyncio.to_thread(_spent, privacy, sampler, begin.rounds),
+        await asyncio.to_thread(
+            ledgers_of, protection if isinstance(protection, DP) else None, sampler, recipe
+        ),
     )
     try:
         async with (
@@ -194,7 +209,7 @@ async def fit(
                 buffers_of(model),
                 seed=seed,
                 progress=training.batch_done if callbacks else None,
-                privacy=privacy,
+                privacy=protection,
             ) as running,
         ):
             del begin  # else its values are held as long as training goes on
@@ -262,19 +277,27 @@ def _check_private(
         raise ValueError(f"{what} clips what sites change of a model, and {strategy.name} has none")
 
 
-def _spent(
-    privacy: SecAgg | DP | None, sampler: Sampler, rounds: Sequence[Round]
-) -> tuple[Budget | None, float]:
-    """The budget, with what earlier rounds have spent of it, and the sample rate of each."""
-    rate = sampler.rate if isinstance(sampler, Poisson) else 1.0
-    if not isinstance(privacy, DP):
-        return None, rate
-    budget = Budget(privacy.noise, privacy.delta, privacy.budget)
-    for _ in rounds:
-        budget.spend(rate)
-    if not rounds:
-        budget.check(rate)
-    return budget, rate
+def _check_rows(model: nn.Module, strategy: Strategy) -> None:
+    if strategy.wants_gradients or strategy.wants_loss_before:
+        raise ValueError(
+            f"privacy=DPSGD(…) protects rows in local steps, and {strategy.name} is told more of "
+            "them"
+        )
+    check_per_sample(model)
+
+
+def _privacy(
+    given: Privacy | Sequence[Privacy] | None,
+) -> tuple[SecAgg | DP | None, DPSGD | None]:
+    """What protects sites, and what protects rows."""
+    each = [] if given is None else [given] if isinstance(given, SecAgg | DP | DPSGD) else [*given]
+    sites = [one for one in each if isinstance(one, SecAgg | DP)]
+    rows = [one for one in each if isinstance(one, DPSGD)]
+    if len(sites) > 1 or len(rows) > 1 or len(sites) + len(rows) < len(each):
+        raise ValueError(
+            "privacy is SecAgg(…) or DP(…), DPSGD(…), or a list of one of the former and the latter"
+        )
+    return sites[0] if sites else None, rows[0] if rows else None
 
 
 def _begin(
@@ -322,8 +345,7 @@ class _Training:
     evaluate_every: int
     at_once: int
     min_sites: int
-    budget: Budget | None
-    rate: float
+    ledgers: list[Ledger]
 
     def batch_done(self, site: str, progress: Any) -> None:
         """A site has finished a batch."""
@@ -338,26 +360,31 @@ class _Training:
         settings: Mapping[str, Any],
     ) -> None:
         """The rounds that are left."""
+        for ledger in self.ledgers:
+            ledger.replay(list(self.history), {site.name: site.rows for site in network.sites})
         for number in range(len(self.history) + 1, self.rounds + 1):
             begun = time.perf_counter()
-            if self.budget is not None and number > 1:
-                try:
-                    self.budget.check(self.rate)
-                except PrivacyBudgetSpent as spent:
-                    self.history.stopped = str(spent)
-                    break
             if network.lost:
                 await network.reopen()
             await network.settle(self.min_sites)
             selection = running.select(number)
+            rows = {site.name: site.rows for site in network.sites if site.name in selection.chosen}
+            try:
+                self._check_budgets(rows)
+            except PrivacyBudgetSpent as spent:
+                if not self.history:
+                    raise
+                self.history.stopped = str(spent)
+                break
             for each in self.callbacks:
                 each.round_begins(number, list(selection.chosen))
             advance = running.sequential if self.schedule == "sequential" else running.concurrent
             trained = await advance(number, self._narrowed(selection))
             await asyncio.to_thread(_set, self.model, running.state)
             metrics, sites = await self._judge(number, running, trained.sites)
-            if self.budget is not None:
-                metrics["epsilon"] = await asyncio.to_thread(self.budget.spend, self.rate)
+            for ledger in self.ledgers:
+                uses = ledger.uses(rows)
+                metrics[ledger.metric] = await asyncio.to_thread(ledger.budget.spend, uses)
             seconds = time.perf_counter() - begun
             self.history.add(Round(number, trained.loss, metrics, seconds, sites))
             self.history.stopped = await self._told(self.history[-1])
@@ -367,6 +394,10 @@ class _Training:
                 await asyncio.to_thread(saves.save, saved, settings)
             if self.history.stopped:
                 break
+
+    def _check_budgets(self, rows: Mapping[str, int]) -> None:
+        for ledger in self.ledgers:
+            ledger.budget.check(ledger.uses(rows))
 
     def _narrowed(self, selection: Selection) -> Selection:
         """Asynchronous rounds close with as many replies as the strategy takes at once."""

@@ -10,6 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from wsfed.federated.dpsgd import DPSGD, Sampling
+
 __all__ = [
     *("Criterion", "LocalOptimizer", "Metric", "Objective", "Recipe", "measure", "seed_of"),
 ]
@@ -36,6 +38,7 @@ class Recipe:
         fields: of the data set, in the order in which the objective takes them; ``None`` for all.
         metrics: by name, told beside the loss where a site evaluates.
         seed: of everything that is drawn.
+        dpsgd: how single rows are protected; ``None`` for not at all.
     """
 
     objective: Objective
@@ -47,6 +50,7 @@ class Recipe:
     fields: Sequence[str] | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     seed: int = 0
+    dpsgd: DPSGD | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -69,6 +73,10 @@ class Recipe:
             round: from 1.
         """
         return seed_of(self.seed, "order", site) + (round - 1) * self.epochs
+
+    def sampling(self, rows: int) -> Sampling:
+        """How a site of so many rows takes them in a round of DP-SGD."""
+        return Sampling.of(rows, self.batch_size, self.epochs)
 
     def draws(self, site: str, round: int) -> int:
         """Seed of what is drawn on the worker in a round: dropout, noise."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from wsfed.federated.broadcast import Broadcast
 from wsfed.federated.compression import Scheme, is_compressed
+from wsfed.federated.dpsgd import private_gradients
 from wsfed.federated.recipe import Recipe, measure
 from wsfed.federated.strategies.strategy import LocalTerms, State
 from wsfed.pointers import modules
@@ -302,8 +303,7 @@ class Replica:
 
     def _stepped(self, *batch: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad()
-        loss = self._recipe.objective(self.model, *batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._differentiated(batch)
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 if parameter.grad is None:
@@ -314,7 +314,19 @@ class Replica:
                 if self._correction:
                     parameter.grad.add_(self._correction[name])
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    def _differentiated(self, batch: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Set gradients; gives the loss."""
+        objective, dpsgd = self._recipe.objective, self._recipe.dpsgd
+        if dpsgd is None:
+            loss = objective(self.model, *batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        *fields, weights = batch
+        # A batch by sampling has more rows than are expected, or all there are.
+        expected = min(self._recipe.batch_size or len(weights), len(weights))
+        return private_gradients(dpsgd, self.model, objective, fields, weights, expected)
 
     def _judged(self, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():

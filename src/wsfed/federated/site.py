@@ -191,7 +191,10 @@ class Site:
     ) -> _Issued:
         replica = self._replica
         replica.give(state, terms)
-        self.worker.manual_seed(self._recipe.draws(self.name, round))
+        if self._recipe.dpsgd is None:
+            self.worker.manual_seed(self._recipe.draws(self.name, round))
+        else:
+            self.worker.seed()
         loss_before = await self._loss_of_rows() if strategy.wants_loss_before else None
         replica.model.train()
         if strategy.wants_gradients:
@@ -241,9 +244,12 @@ class Site:
             loss_before=issued.loss_before,
             within=None if issued.within is None else bool(await issued.within),
         )
-        loss, traffic = self._mean(issued.losses, self.rows), self._replica.take_traffic()
+        if self._recipe.dpsgd is None:
+            loss = self._mean(issued.losses, self.rows)
+        else:
+            loss = float(issued.losses.mean())
         residual = None if issued.asked is None else issued.asked.residual
-        return Report(reply, loss, seconds, *traffic, residual)
+        return Report(reply, loss, seconds, *self._replica.take_traffic(), residual)
 
     def keep(self, report: Report) -> None:
         """This was used: the next round adds what was not sent of it."""
@@ -291,6 +297,13 @@ class Site:
 
     def _batches(self, round: int) -> dict[str, Any]:
         recipe = self._recipe
+        if recipe.dpsgd is not None:
+            sampling = recipe.sampling(self.rows)
+            return {
+                "sample_rate": sampling.rate,
+                "steps": sampling.steps,
+                "fields": recipe.fields,
+            }
         return {
             "batch_size": min(recipe.batch_size or self.rows, self.rows),
             "epochs": recipe.epochs,

@@ -33,6 +33,7 @@ from wsfed.transport.wire import Wire, WireLost
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.executor import Executor
 from wsfed.worker.interpreter import Carry, Interpreter
+from wsfed.worker.memory import give_back_memory
 from wsfed.worker.plans import Programs
 from wsfed.worker.session import Carried
 
@@ -293,6 +294,7 @@ class Node:
                 guest.say_goodbye("the session that expected this is over")
             self._tickets = {t: f for t, f in self._tickets.items() if not _is_of(f, hosted)}
             hosted.executor.submit(hosted.interpreter.store.clear)
+            hosted.executor.submit(give_back_memory)
             hosted.executor.end()
             self._ending = [each for each in self._ending if not each.join(0)]
             self._ending.append(hosted.executor)

@@ -419,11 +419,17 @@ class Flush(Message):
     request: int = _id()
 
 
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**64
+
+
 @_message(41, COMMANDS)
 class Seed(Message):
-    """Seed the random numbers of this session, as ``torch.manual_seed`` does locally."""
+    """Seed the random numbers of this session, as ``torch.manual_seed`` does locally; with nothing
+    as ``torch.seed``: from the machine's entropy.
+    """
 
-    seed: int = _field("an integer of 64 bits", lambda v: type(v) is int and -(2**63) <= v < 2**64)
+    seed: int | None = _field("nothing or an integer of 64 bits", _maybe(_is_seed))
 
 
 @_message(42, COMMANDS)
@@ -535,6 +541,10 @@ def _is_place(value: Any) -> bool:
     return type(value) is int and -limits.MAX_IDS <= value <= limits.MAX_ID
 
 
+def _is_rate(value: Any) -> bool:
+    return type(value) is float and 0.0 < value <= 1.0
+
+
 @_message(49, COMMANDS)
 class RunOver(Message):
     """Run programs over the batches of a data set, and report the numbers that they give."""
@@ -560,6 +570,10 @@ class RunOver(Message):
     shown: list[int] = _field("a list of places", _list_of(_is_uint, limits.MAX_IDS))
     #: The place of the result that ends it when it is true.
     until: int | None = _field("nothing or a place", _maybe(_is_uint))
+    #: Poisson sampling: each row is taken with this probability, drawn from the machine's entropy.
+    #: ``batch_size`` rows are given in any case, and one field more: 1.0 for a row that was taken,
+    #: 0.0 for one that only fills up.
+    rate: float | None = _field("nothing or a number between 0 and 1", _maybe(_is_rate))
 
 
 # --- replies: worker to client -------------------------------------------------------------------

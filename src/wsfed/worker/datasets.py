@@ -32,6 +32,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
+import numpy as np
 import torch
 
 from wsfed.errors import DatasetError
@@ -144,6 +145,47 @@ class Dataset:
             tensor.detach().index_select(0, chosen.to(tensor.device))
             for tensor in self._chosen(fields)
         )
+
+    def sample(
+        self,
+        rate: float,
+        size: int,
+        generator: np.random.Generator,
+        fields: Sequence[str] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """A batch by Poisson sampling: each row is taken with probability ``rate``, by itself.
+
+        A batch has ``size`` rows all the same: the rows that were taken, over and over; of more
+        than ``size``, so many of them. Where none was taken, the first row stands for all.
+
+        Args:
+            rate: above 0, at most 1.
+            size: rows of the batch, at most all rows.
+            generator: what is drawn from.
+            fields: names, ``None`` for all of them in their order.
+
+        Returns:
+            A tensor for each field, and a last one (float32, shape ``[size]``): 1 for rows that
+            were taken, each once, and 0 for those that fill up.
+
+        Raises:
+            IndexError: there are not so many rows.
+            KeyError: there is no such field.
+        """
+        if not 0 < size <= self.rows:
+            raise IndexError(f"{self.rows} rows make no batch of {size}")
+        taken = np.flatnonzero(generator.random(self.rows) < rate)
+        if len(taken) > size:
+            taken = generator.choice(taken, size, replace=False)
+        chosen = torch.from_numpy(np.resize(taken if len(taken) else np.zeros(1, np.int64), size))
+        made = [
+            tensor.detach().index_select(0, chosen.to(tensor.device))
+            for tensor in self._chosen(fields)
+        ]
+        weights = torch.zeros(size)
+        weights[: len(taken)] = 1.0
+        device = made[0].device if made else weights.device
+        return (*made, weights.to(device))
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Rows to train with, and rows to validate with, which are called ``<name>-validation``.

@@ -21,6 +21,7 @@ import torch
 from wsfed.errors import NotFound, QuotaExceeded, RemoteError
 from wsfed.plans.compiled import Compiled, Frame, Machine, Step
 from wsfed.plans.program import Program, load
+from wsfed.privacy.noise import unforeseeable
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.tensors import DTYPE_NAMES, DTYPES, describe
@@ -309,6 +310,7 @@ class Over:
         self.request, self.done, self.stopped, self.is_over = command.request, 0, "", False
         self._command, self._dataset, self._shelf = command, dataset, shelf
         self._numbers = iter(numbers)
+        self._generator = unforeseeable()
         self._batches = self._work()
         self._error: Exception | None = None
         row = dataset.row_bytes(command.fields)
@@ -372,10 +374,14 @@ class Over:
                     return
 
     def _next_batch(self) -> tuple[torch.Tensor, ...]:
-        command = self._command
+        command, rate = self._command, self._command.rate
         epoch, index = divmod(self.done, command.batches)
         seed = None if command.seed is None else command.seed + epoch
         try:
+            if rate is not None:
+                return self._dataset.sample(
+                    rate, command.batch_size, self._generator, command.fields
+                )
             return self._dataset.batch(seed, command.batch_size, index, command.fields)
         except LookupError as error:
             raise NotFound(str(error.args[0]), op=f"batch of {command.name!r}") from None

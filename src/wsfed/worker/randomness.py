@@ -26,16 +26,21 @@ class SessionRandom:
         device: where the session's tensors are.
     """
 
+    _state: torch.Tensor
+
     def __init__(self, device: torch.device) -> None:
         self._default = _default_generator(device)
-        own = torch.Generator(device)
-        own.seed()
-        self._state = own.get_state()
         self._device = device
+        self.seed(None)
 
-    def seed(self, seed: int) -> None:
-        """Begin anew, as ``torch.manual_seed(seed)`` does."""
-        self._state = torch.Generator(self._device).manual_seed(seed).get_state()
+    def seed(self, seed: int | None) -> None:
+        """Begin anew, as ``torch.manual_seed(seed)`` does; without one as ``torch.seed()``."""
+        own = torch.Generator(self._device)
+        if seed is None:
+            own.seed()
+        else:
+            own.manual_seed(seed)
+        self._state = own.get_state()
 
     @contextmanager
     def drawing(self) -> Iterator[None]:

@@ -6,9 +6,9 @@
     python -m benchmarks.federated --out FOLDER        where federated.json goes (runs/)
     python -m benchmarks.federated --page FILE         writes the tables as a page, too
 
-Cases: overhead, large, virtual, cold, lost, anchor, flower. The anchor takes long: pick settings
-(--anchor iid-5), networks (--network virtual), and bound its rounds (--rounds 20). Only ratios
-carry over to other machines.
+Cases: overhead, large, compression, virtual, cold, lost, anchor, flower. The anchor takes long:
+pick settings (--anchor iid-5), networks (--network virtual), and bound its rounds (--rounds 20).
+Only ratios carry over to other machines.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from benchmarks import federated_flower, federated_loop
 from benchmarks.federated_tasks import (
     MB,
     Large,
+    Moving,
     all_entered,
     cpu_seconds,
     large_objective,
@@ -33,6 +34,7 @@ from benchmarks.federated_tasks import (
     started,
     told_by,
     write_rows,
+    write_separable,
 )
 from wsfed import federated
 
@@ -42,6 +44,7 @@ __all__ = [
     "Row",
     "anchor",
     "cold",
+    "compression",
     "flower",
     "large",
     "lost",
@@ -258,10 +261,67 @@ async def _large_rounds(
         state = parameters_to_vector(model.parameters()).detach()
         train = partial(federated.fit, model, workers, "rows", None, _STILL, fields=["x"])
         for _ in range(turns):
-            history = await train(rounds=rounds + 1, objective=large_objective)
+            history = await train(rounds=rounds + 1, objective=large_objective, strategy=Moving())
             ours += history.series("seconds")[1:]
             floor += [(await loop.round(state)).seconds for _ in range(rounds + 1)][1:]
     return ours, floor
+
+
+# --- compression ----------------------------------------------------------------------------------
+
+
+#: What is compared, as it is written.
+_COMPRESSIONS: Final[Mapping[str, Any]] = {
+    "none": None,
+    '"fp16"': "fp16",
+    '"bf16"': "bf16",
+    '"int8"': "int8",
+    '"int4"': "int4",
+    "TopK(0.1)": federated.TopK(0.1),
+    "TopK(0.01)": federated.TopK(0.01),
+    'Compression(TopK(0.01), Cast("bf16"))': federated.Compression(
+        federated.TopK(0.01), federated.Cast("bf16")
+    ),
+}
+
+
+async def compression(options: Options) -> list[Found]:
+    """Bytes of a round, and what they cost in seconds and in accuracy."""
+    columns = ["to it, kB", "from it, kB", "both, none = 1", "a round, ms", "accuracy, %"]
+    found = Found("2 workers, small MLP, each compression: of a worker and a round", columns)
+    rounds, whole = options.rounds or 20, math.nan
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        data = [write_separable(folder / f"{at}.npz", 640, at) for at in range(2)]
+        test = write_separable(folder / "test.npz", 1000, 2)
+        each = [["--dataset", f"rows={path}", "--dataset", f"test={test}"] for path in data]
+        urls = [told["url"] for told in started(stack, 2, each=each)]
+        for name, scheme in _COMPRESSIONS.items():
+            torch.manual_seed(0)
+            history = await federated.fit(
+                *(mlp(), [partial(wsfed.connect, url) for url in urls], "rows"),
+                *(F.cross_entropy, _SGD),
+                rounds=rounds + 1,
+                validation="test",
+                metrics={"accuracy": _accuracy},
+                evaluate_every=rounds + 1,
+                compression=scheme,
+            )
+            sites = [site for each in history[1:] for site in each.sites]
+            up, down = (
+                statistics.mean(getattr(site, way) for site in sites) / 1e3
+                for way in ("bytes_up", "bytes_down")
+            )
+            whole = whole if scheme is not None else up + down
+            accuracy = history[-1].metrics["accuracy"] * 100
+            seconds = _ms(history.series("seconds")[1:])
+            found.add(name, up, down, (up + down) / whole, seconds, accuracy)
+    found.notes.append("the first round, which records and sends plans, is not counted")
+    return [found]
+
+
+def _accuracy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (output.argmax(1) == labels).float().mean()
 
 
 # --- many virtual clients -------------------------------------------------------------------------
@@ -439,6 +499,7 @@ async def flower(options: Options) -> list[Found]:
 CASES: Final[Mapping[str, Callable[[Options], Awaitable[list[Found]]]]] = {
     "overhead": overhead,
     "large": large,
+    "compression": compression,
     "virtual": virtual,
     "cold": cold,
     "lost": lost,

@@ -22,7 +22,7 @@ from torch.nn.utils import parameters_to_vector
 
 import wsfed
 from benchmarks import federated_loop
-from benchmarks.federated_tasks import Large, large_objective, peak_memory
+from benchmarks.federated_tasks import Large, Moving, large_objective, peak_memory
 from wsfed import federated
 
 __all__ = ["bare", "fit", "virtual"]
@@ -38,6 +38,7 @@ async def fit(millions: int, rounds: int, urls: list[str]) -> dict[str, Any]:
         train = partial(federated.fit, workers=workers, dataset="rows", optimizer=_STILL)
         await train(Large(0), objective=large_objective, fields=["x"], rounds=2)
         peaks["tiny"] = peak_memory()
+        train = partial(train, strategy=Moving())
         await train(Large(millions), objective=large_objective, fields=["x"], rounds=rounds)
         peaks["large"] = peak_memory()
     return peaks

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from wsfed import federated
 from wsfed.testing import worker_process
 
 __all__ = [
-    *("CHECKOUT", "MB", "Large", "all_entered", "cpu_seconds", "large_objective", "mlp"),
-    *("peak_memory", "program", "started", "told_by", "write_rows"),
+    *("CHECKOUT", "MB", "Large", "Moving", "all_entered", "cpu_seconds", "large_objective", "mlp"),
+    *("peak_memory", "program", "started", "told_by", "write_rows", "write_separable"),
 ]
 
 CHECKOUT: Final = Path(__file__).resolve().parent.parent
@@ -47,6 +48,16 @@ def write_rows(path: Path, rows: int, seed: int, features: int = 784) -> Path:
     return path
 
 
+def write_separable(path: Path, rows: int, seed: int, features: int = 784) -> Path:
+    """Write random rows around ten centres, the same ones for every seed."""
+    centres = np.random.default_rng(0).standard_normal((10, features), dtype=np.float32)
+    rng = np.random.default_rng((1, seed))
+    y = rng.integers(0, 10, rows)
+    noise = rng.standard_normal((rows, features), dtype=np.float32)
+    np.savez(path, x=0.15 * centres[y] + noise, y=y)
+    return path
+
+
 class Large(nn.Module):
     """Tensors of a million parameters each, and one weight, which is all that is trained."""
 
@@ -59,6 +70,18 @@ class Large(nn.Module):
 def large_objective(model: Large, x: torch.Tensor) -> torch.Tensor:
     """Touches one weight."""
     return (model.one * x).mean()
+
+
+class Moving(federated.FedAvg):
+    """One number of each tensor is another in each round: what has not changed is not sent."""
+
+    def step(
+        self, state: Mapping[str, torch.Tensor], memory: Any, mean: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, torch.Tensor], Any]:
+        """See :class:`~wsfed.federated.MeanStrategy`."""
+        for value in mean.values():
+            value.view(-1)[0] += 1
+        return mean, memory
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from benchmarks import federated_cases as cases
 from benchmarks.federated import main, options_of, page
 from benchmarks.federated_flower import measure
 from benchmarks.federated_probes import virtual
-from benchmarks.federated_tasks import peak_memory
+from benchmarks.federated_tasks import mlp, peak_memory
 
 import wsfed
 
@@ -30,6 +30,17 @@ async def test_rounds_are_measured_beside_a_bare_loop_that_trains_too() -> None:
         assert floor > 0
     assert figures["slowest training in plain torch"][1] > 0
     assert {row.target for row in found.rows} == {None, 20.0}
+
+
+@pytest.mark.processes
+@pytest.mark.blocking
+async def test_each_compression_is_measured_beside_none() -> None:
+    (found,) = await cases.compression(options_of(["--rounds", "1"]))
+    figures = {row.what: row.figures for row in found.rows}
+    model = sum(value.nbytes for value in mlp().state_dict().values()) / 1e3
+    none, small = figures["none"], figures['Compression(TopK(0.01), Cast("bf16"))']
+    assert none[:3] == pytest.approx((model, model, 1), rel=0.02)
+    assert small[:3] == pytest.approx((model / 2, model / 50, 0.26), rel=0.05)
 
 
 async def test_every_virtual_client_takes_part() -> None:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from wsfed.cli import app
 from wsfed.cli.config import Configuration
+from wsfed.federated import Cast, Compression, Quantise, TopK
 from wsfed.testing import worker_process
 
 SIMULATED = """
@@ -109,6 +110,8 @@ def test_clients_are_simulated_and_everything_is_written(folder: Path) -> None:
         ("[simulation]", '[privacy]\nkind = "dp"\nrows = { noise = 0.5 }\n\n[simulation]'),
         ("batch_size = 8", 'batch_size = 0\nschedule = "sequential"'),
         ("batch_size = 8", 'schedule = "async"'),
+        ("batch_size = 8", 'compression = "int8"'),
+        ("batch_size = 8", 'compression = {update = {name = "TopK", ratio = 0.5}}'),
     ],
 )
 def test_settings_are_those_of_fit(folder: Path, before: str, after: str) -> None:
@@ -236,6 +239,14 @@ def until(happened: Callable[[], bool]) -> None:
         ("clients = 5", "clients = 500", "[simulation] "),
         ("clients = 5", 'clients = 5\npartition = "shards"\nlabels = "z"', "no field 'z'"),
         ("[training]", "[training", "is no TOML"),
+        ("rounds = 3", 'rounds = 3\ncompression = "zip"', "[training.compression] compression is"),
+        ("rounds = 3", "rounds = 3\ncompression = {}", "[training.compression] nothing would be"),
+        ("rounds = 3", 'rounds = 3\ncompression = {update = {name = "Zip"}}', "there is no 'Zip'"),
+        (
+            "rounds = 3",
+            'rounds = 3\ncompression = {update = {name = "TopK", ratio = 2}}',
+            "TopK: ratio is above 0",
+        ),
         ("inputs = 4", "inputs = 5", "cannot be multiplied"),
     ],
 )
@@ -264,6 +275,22 @@ def test_the_files_of_the_documentation_are_read(number: int) -> None:
     settings = Configuration.model_validate(tomllib.loads(text))
     if settings.privacy is None:
         settings.arguments(Path())
+
+
+def test_compression_is_a_word_or_a_table(folder: Path) -> None:
+    def made(line: str) -> Compression | None:
+        text = (folder / "train.toml").read_text().replace("rounds = 3", f"rounds = 3\n{line}")
+        found: Compression | None = Configuration.model_validate(tomllib.loads(text)).arguments(
+            folder
+        )["compression"]
+        return found
+
+    assert made("") is None
+    assert made('compression = "bf16"') == Compression(Cast("bf16"), Cast("bf16"))
+    both = made('compression = {update = {name = "TopK", ratio = 0.5}, broadcast = "fp16"}')
+    assert both == Compression(TopK(0.5), Cast("fp16"))
+    assert made('compression = {broadcast = "bf16"}') == Compression(None, Cast("bf16"))
+    assert made('compression = {update = "int8"}') == Compression(Quantise(8))
 
 
 def test_help_has_an_example() -> None:

@@ -346,6 +346,7 @@ async def test_what_needs_more_than_releases_is_told(clinic: wsfed.Worker) -> No
         ({"strategy": federated.FedSGD(0.1)}, "FedSGD needs more"),
         ({"strategy": federated.QFedAvg()}, "QFedAvg needs more"),
         ({"privacy": federated.DP(quantile=0.5)}, "bound that adapts needs more"),
+        ({"compression": "fp16"}, "compression needs more"),
     ):
         with pytest.raises(FederatedError, match=text):
             await fit([clinic], **more)

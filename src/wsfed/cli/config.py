@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from wsfed import federated
 from wsfed.errors import FederatedError
+from wsfed.federated.compression import compression_of
 from wsfed.federated.strategies.strategy import Strategy
 
 __all__ = ["METRICS", "Configuration", "load_configuration"]
@@ -71,6 +72,11 @@ _SAMPLERS: Final[Mapping[str, Callable[..., Any]]] = MappingProxyType(
         kind.__name__: kind
         for kind in (federated.Everyone, federated.Uniform, federated.Weighted, federated.Poisson)
     }
+)
+
+
+_SCHEMES: Final[Mapping[str, Callable[..., Any]]] = MappingProxyType(
+    {kind.__name__: kind for kind in (federated.Cast, federated.Quantise, federated.TopK)}
 )
 
 
@@ -127,6 +133,13 @@ class WorkersSection(_Section):
     token_file: Path | None = None
 
 
+class CompressionTable(_Section):
+    """What is made smaller on which way: a word, or a name with its numbers."""
+
+    update: str | _Named | None = None
+    broadcast: Literal["fp16", "bf16"] | None = None
+
+
 class TrainingSection(_Section):
     """``[training]``: the arguments of ``fit`` that are numbers and words."""
 
@@ -144,6 +157,7 @@ class TrainingSection(_Section):
     min_fraction: float = 0.0
     late: Literal["drop", "keep"] = "drop"
     evaluate_every: Annotated[int, Field(ge=1)] = 1
+    compression: str | CompressionTable | None = None
     patience: int | None = None
 
 
@@ -230,7 +244,8 @@ class Configuration(_Section):
             FederatedError: a name is not known, or not with these arguments.
         """
         training = self.training
-        plain = training.model_dump(exclude={"loss", "metrics", "batch_size", "patience"})
+        made = {"loss", "metrics", "batch_size", "patience", "compression"}
+        plain = training.model_dump(exclude=made)
         return {
             **plain,
             "dataset": self.data.dataset,
@@ -243,6 +258,7 @@ class Configuration(_Section):
             "strategy": self._strategy(),
             "sampler": self.sampler.make(_SAMPLERS, "sampler"),
             "privacy": self._privacy(folder),
+            "compression": self._compression(),
         }
 
     def _strategy(self) -> Strategy:
@@ -265,6 +281,20 @@ class Configuration(_Section):
         except (TypeError, ValueError) as error:
             raise FederatedError(f"[optimizer] {self.optimizer.name}: {error}") from None
         return make
+
+    def _compression(self) -> federated.Compression | None:
+        given = self.training.compression
+        try:
+            if not isinstance(given, CompressionTable):
+                return compression_of(given)
+            update = given.update
+            if isinstance(update, _Named):
+                update = update.make(_SCHEMES, "training.compression")
+            whole = compression_of(update)
+            broadcast = None if given.broadcast is None else federated.Cast(given.broadcast)
+            return federated.Compression(None if whole is None else whole.update, broadcast)
+        except ValueError as error:
+            raise FederatedError(f"[training.compression] {error}") from None
 
     def _privacy(self, folder: Path) -> Any:
         section = self.privacy

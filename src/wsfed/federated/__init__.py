@@ -18,6 +18,7 @@ from wsfed.federated import partition
 from wsfed.federated.averaging import Mean, weighted_mean
 from wsfed.federated.callbacks import Callback, EarlyStopping
 from wsfed.federated.checkpoint import Checkpoint
+from wsfed.federated.compression import Cast, Compression, Quantise, TopK
 from wsfed.federated.contribution import SecAgg
 from wsfed.federated.dp import DP
 from wsfed.federated.dpsgd import DPSGD
@@ -58,7 +59,9 @@ __all__ = [
     "Bulyan",
     "Callback",
     "Candidate",
+    "Cast",
     "Checkpoint",
+    "Compression",
     "EarlyStopping",
     "Everyone",
     "FedAdagrad",
@@ -82,6 +85,7 @@ __all__ = [
     "MultiKrum",
     "Poisson",
     "QFedAvg",
+    "Quantise",
     "Reply",
     "Round",
     "Sampler",
@@ -91,6 +95,7 @@ __all__ = [
     "SiteRound",
     "Strategy",
     "Stratified",
+    "TopK",
     "Uniform",
     "Weighted",
     "Where",

@@ -17,6 +17,14 @@ from wsfed.errors import FederatedError, PrivacyBudgetSpent
 from wsfed.federated.budget import Ledger, ledgers_of
 from wsfed.federated.callbacks import Callback
 from wsfed.federated.checkpoint import Checkpoint, Saved
+from wsfed.federated.compression import (
+    Cast,
+    Compression,
+    Quantise,
+    TopK,
+    check_fits,
+    compression_of,
+)
 from wsfed.federated.contribution import SecAgg
 from wsfed.federated.dp import DP
 from wsfed.federated.dpsgd import DPSGD
@@ -68,6 +76,7 @@ async def fit(
     evaluate_every: int = 1,
     callbacks: Sequence[Callback] = (),
     privacy: Privacy | Sequence[Privacy] | None = None,
+    compression: str | Cast | Quantise | TopK | Compression | None = None,
     checkpoint: Checkpoint | str | Path | None = None,
     resume: bool = False,
 ) -> History:
@@ -114,9 +123,14 @@ async def fit(
             sites change is clipped, noise is added to the sum, and the budget is kept.
             ``DPSGD(…)``: the same for single rows, in each local step, on the worker; alone, or
             together with one of the others, as a list.
+        compression: of what travels each round. ``"fp16"``, ``"bf16"``: both ways; ``"int8"``,
+            ``"int4"``, ``"top-k"`` (:class:`~wsfed.federated.TopK`): of what sites change;
+            :class:`~wsfed.federated.Compression` for each way its own. What a worker cannot do is
+            refused before the first round.
         checkpoint: a folder, or a :class:`~wsfed.federated.Checkpoint`.
         resume: go on from the newest checkpoint, to the same weights bit for bit; without one,
-            begin.
+            begin. What ``TopK`` has kept on workers for later is lost then, as it is with a worker
+            that is lost, so its weights are others.
 
     Returns:
         All rounds, those before a resumption included.
@@ -151,6 +165,9 @@ async def fit(
         _check_private(strategy, schedule, keep, protection)
     if dpsgd is not None:
         await asyncio.to_thread(_check_rows, model, strategy)
+    compressed = compression_of(compression)
+    if compressed is not None:
+        check_fits(compressed, strategy, protection)
     closing = Closing(deadline, min_workers, min_fraction, keep_late=keep)
     saves = Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     settings: dict[str, Any] = {"strategy": strategy.name, **strategy.settings}
@@ -158,9 +175,11 @@ async def fit(
     settings |= {"seed": seed, "local_epochs": local_epochs, "batch_size": batch_size}
     told = protection.told if isinstance(protection, SecAgg) else repr(protection)
     settings["privacy"] = told if dpsgd is None else f"{told}, {dpsgd!r}"
+    settings["compression"] = None if compressed is None else repr(compressed)
     begin = await asyncio.to_thread(_begin, model, strategy, saves, settings, resume)
     terms = strategy.local_terms(begin.memory, "")
-    setup = Setup(dataset, validation, recipe, terms.proximal, isinstance(strategy, Scaffold))
+    corrects = isinstance(strategy, Scaffold)
+    setup = Setup(dataset, validation, recipe, terms.proximal, corrects, compressed)
     _set(model, begin.state)
     sampler = sampler or Everyone()
     training = _Training(

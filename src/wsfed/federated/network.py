@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -13,8 +13,10 @@ from typing import Any, Final, TypeAlias
 from torch import nn
 
 from wsfed.errors import ConnectionLost, FederatedError, SessionLost
+from wsfed.federated.broadcast import Broadcast
+from wsfed.federated.compression import Compression, negotiate
 from wsfed.federated.recipe import Recipe
-from wsfed.federated.replica import Replica
+from wsfed.federated.replica import Replica, buffers_of, state_of
 from wsfed.federated.sampling import Candidate
 from wsfed.federated.site import Site
 
@@ -40,6 +42,7 @@ class Setup:
         recipe: how to train.
         mu: of a proximal term.
         corrects: whether gradients are corrected.
+        compression: of what travels each round.
     """
 
     dataset: str
@@ -47,6 +50,7 @@ class Setup:
     recipe: Recipe
     mu: float = 0.0
     corrects: bool = False
+    compression: Compression | None = None
 
 
 @dataclass(slots=True)
@@ -69,6 +73,9 @@ class Network:
             closed in the end, and opened again when it is lost.
         model: of which each worker gets a copy.
         setup: the same for all.
+
+    Attributes:
+        broadcast: the model as it goes to all of them.
     """
 
     def __init__(self, workers: Sequence[Any | Opener], model: nn.Module, setup: Setup) -> None:
@@ -84,6 +91,8 @@ class Network:
                 raise TypeError(f"{each!r} is of the blocking world: write wsfed.sync.fit(...)")
         self._places = [_Place(each) for each in workers]
         self._model, self._setup = model, setup
+        cast = None if setup.compression is None else setup.compression.broadcast
+        self.broadcast = Broadcast(cast, buffers_of(model))
 
     # --- opening ---
 
@@ -95,9 +104,10 @@ class Network:
                 group.create_task(loading)
                 for place in self._places:
                     group.create_task(self._connect(place))
+            digests = await self._digests()
             async with asyncio.TaskGroup() as group:
                 for place in self._places:
-                    group.create_task(self._set_up(place))
+                    group.create_task(self._set_up(place, digests))
             self._compare()
         except BaseException as error:
             await self._close()
@@ -114,10 +124,22 @@ class Network:
         else:
             place.worker = await place.stack.enter_async_context(place.given())
 
-    async def _set_up(self, place: _Place) -> None:
-        worker, setup = place.worker, self._setup
+    async def _digests(self) -> dict[str, bytes]:
+        return await asyncio.to_thread(self.broadcast.digests, state_of(self._model))
+
+    async def _set_up(self, place: _Place, digests: Mapping[str, bytes]) -> None:
+        worker, setup, compression = place.worker, self._setup, self._setup.compression
         names = _fitting(worker, setup.dataset)
-        replica = Replica(worker, self._model, setup.recipe, mu=setup.mu, corrects=setup.corrects)
+        if compression is not None:
+            await negotiate(worker, compression)
+        replica = Replica(
+            *(worker, self._model, setup.recipe),
+            mu=setup.mu,
+            corrects=setup.corrects,
+            broadcast=self.broadcast,
+            digests=digests,
+            scheme=None if compression is None else compression.scheme,
+        )
         turns = asyncio.Lock()
         place.sites = []
         for name in names:
@@ -155,6 +177,11 @@ class Network:
                     f"the rows of {site.name!r} ({site.told}) are not of the kind of those of "
                     f"{sites[0].name!r} ({sites[0].told})"
                 )
+
+    @property
+    def compresses(self) -> bool:
+        """Whether what travels is compressed."""
+        return self._setup.compression is not None
 
     # --- while training goes on ---
 
@@ -214,7 +241,7 @@ class Network:
         try:
             await place.stack.aclose()
             await self._connect(place)
-            await self._set_up(place)
+            await self._set_up(place, await self._digests())
         except LOST as error:
             place.lost, place.sites = str(error), []
 

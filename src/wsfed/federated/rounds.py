@@ -91,11 +91,13 @@ class _Work:
     """A site that trains.
 
     Attributes:
+        site: which.
         task: of it.
         since: round in which it was given its model.
         given: that model.
     """
 
+    site: Site
     task: asyncio.Task[_Outcome]
     since: int
     given: State
@@ -149,9 +151,19 @@ class Rounds:
 
     async def __aenter__(self) -> Rounds:
         for site in self._network.sites:
-            if self._secure is None:
-                site.check_rules(self._strategy, adapts=bool(self._dp and self._dp.quantile))
+            site.check_rules(self._needs)
         return self
+
+    @property
+    def _needs(self) -> str:
+        """What needs more of a site than changes of the model."""
+        if self._secure is not None:
+            return ""
+        if self._strategy.wants_gradients or self._strategy.wants_loss_before:
+            return self._strategy.name
+        if self._dp is not None and self._dp.quantile is not None:
+            return "a bound that adapts"
+        return "compression" if self._network.compresses else ""
 
     async def __aexit__(self, *_: object) -> None:
         await self._stop(list(self._working))
@@ -170,9 +182,11 @@ class Rounds:
             UpdateRejected: a reply cannot be used.
             WsfedError: a site failed in another way than being lost.
         """
+        await _aside(self.state, self._network.broadcast.prepare, self.state)
+        alone = len(selection.chosen) == 1
         for site in self._sites(selection):
             if site.name not in self._working:
-                self._start(site, number)
+                self._start(site, number, alone)
         replies = _Replies(self._strategy, selection.chosen, alike=self._dp is not None)
         told = await self._collect(number, selection, replies)
         await self._check_enough(number, selection, replies, told)
@@ -249,18 +263,21 @@ class Rounds:
         chosen = set(selection.chosen)
         return [site for site in self._network.sites if site.name in chosen]
 
-    def _start(self, site: Site, number: int) -> None:
+    def _start(self, site: Site, number: int, alone: bool) -> None:
         terms = self._strategy.local_terms(self.memory, site.name)
-        task = asyncio.create_task(self._train(site, self.state, terms, number))
+        task = asyncio.create_task(self._train(site, self.state, terms, number, remember=alone))
         task.add_done_callback(lambda _: self._finished.put_nowait(site.name))
-        self._working[site.name] = _Work(task, number, self.state)
+        self._working[site.name] = _Work(site, task, number, self.state)
 
-    async def _train(self, site: Site, state: State, terms: LocalTerms, number: int) -> _Outcome:
+    async def _train(
+        self, site: Site, state: State, terms: LocalTerms, number: int, *, remember: bool
+    ) -> _Outcome:
         try:
             report = await site.train(
                 *(state, terms, number, self._strategy, self._progress),
                 fetch=self._secure is None,
                 clip=self.clip,
+                remember=remember,
             )
             if not self._strategy.tolerates_garbage:
                 await _aside(report.reply.state, _check, report.reply, number)
@@ -305,6 +322,7 @@ class Rounds:
             raise outcome
         if isinstance(outcome, str):
             return SiteRound(name, outcome)
+        work.site.keep(outcome)
         staleness = number - work.since
         given = None if work.given is self.state else work.given
         reply = replace(outcome.reply, staleness=staleness, given=given)
@@ -341,9 +359,10 @@ class Rounds:
         """
         state, told = self.state, list[SiteRound]()
         for site in self._sites(selection):
+            await _aside(state, self._network.broadcast.prepare, state)
             try:
                 async with asyncio.timeout(self._closing.deadline):
-                    outcome = await self._train(site, state, LocalTerms(), number)
+                    outcome = await self._train(site, state, LocalTerms(), number, remember=True)
             except TimeoutError:
                 outcome = "late"
             if isinstance(outcome, Exception):
@@ -351,6 +370,7 @@ class Rounds:
             if isinstance(outcome, str):
                 told.append(SiteRound(site.name, outcome))
                 continue
+            site.keep(outcome)
             state = outcome.reply.state
             told.append(_record(outcome, 0))
         count = sum(each.outcome == "used" for each in told)
@@ -365,6 +385,8 @@ class Rounds:
     async def judge(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Loss and metrics of the model on the sites' rows for that: of all, and of each."""
         sites = [site for site in self._network.sites if site.validation_rows]
+        if sites:
+            await _aside(self.state, self._network.broadcast.prepare, self.state)
         found = await asyncio.gather(*(self._judge(site) for site in sites))
         each = {
             site.name: told for site, told in zip(sites, found, strict=True) if told is not None

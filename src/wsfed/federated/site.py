@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from wsfed.errors import FederatedError
+from wsfed.errors import FederatedError, UpdateRejected
+from wsfed.federated.broadcast import digests_of
 from wsfed.federated.contribution import Contributor
 from wsfed.federated.recipe import Recipe
-from wsfed.federated.replica import Replica
+from wsfed.federated.replica import Asked, Replica
 from wsfed.federated.strategies.strategy import LocalTerms, Reply, State, Strategy
 from wsfed.pointers.link import link_of
 from wsfed.protocol import messages as m
@@ -32,6 +33,7 @@ class Report:
         seconds: from the first command to the last byte of the answer.
         bytes_up: to the worker, of its sites together since another one has reported.
         bytes_down: from it, likewise.
+        residual: what was not sent of the changes: a pointer; see :meth:`Site.keep`.
     """
 
     reply: Reply
@@ -39,6 +41,7 @@ class Report:
     seconds: float
     bytes_up: int
     bytes_down: int
+    residual: Any = None
 
 
 @dataclass(slots=True)
@@ -47,25 +50,30 @@ class _Issued:
 
     Attributes:
         run: over its rows.
+        turn: of the replica.
         asked: for the values that the run leaves.
         within: whether the change was within its bound.
         loss_before: of the model that was given.
         losses: of the run's batches, once it is over.
+        told: what has come of what was asked for.
         values: that it has left, by name.
     """
 
     run: Any
-    asked: Any = None
+    turn: int
+    asked: Asked | None = None
     within: Awaitable[torch.Tensor] | None = None
     loss_before: float | None = None
     losses: torch.Tensor | None = None
+    told: Sequence[torch.Tensor] = ()
     values: State | None = None
 
 
 class Site:
     """A data set, and the replica of the model that is trained on it.
 
-    Sites of one worker share its replica, so they take turns in telling it what to do.
+    Sites of one worker share its replica, so they take turns in telling it what to do. What is kept
+    of a site's changes until its next round is its own.
 
     Args:
         name: who this is.
@@ -92,6 +100,8 @@ class Site:
         self.validation_rows = 0 if validation is None else len(validation)
         self._dataset, self._validation = dataset, validation
         self._replica, self._turns, self._recipe = replica, turns, recipe
+        #: What was not sent of its changes: a pointer.
+        self._residual: Any = None
 
     @property
     def kinds(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -114,23 +124,19 @@ class Site:
                     f"the rows of {self.name!r} have no field {name!r}; they have {known}"
                 )
 
-    def check_rules(self, strategy: Strategy, *, adapts: bool) -> None:
+    def check_rules(self, needs: str) -> None:
         """Whether the worker's owner lets leave what training needs.
 
         Args:
-            strategy: what it is for.
-            adapts: whether the clipping bound follows the changes.
+            needs: what needs more than changes of the model; nothing where none does.
 
         Raises:
-            FederatedError: a strict worker releases changes of a model, and nothing else.
+            FederatedError: a strict worker releases such changes, and nothing else.
         """
-        if self._replica.rules is None:
-            return
-        if strategy.wants_gradients or strategy.wants_loss_before or adapts:
-            what = "a bound that adapts" if adapts else strategy.name
+        if needs and self._replica.rules is not None:
             raise FederatedError(
                 f"worker {self.worker.id!r} releases nothing but changes of a model with noise, "
-                f"and {what} needs more"
+                f"and {needs} needs more"
             )
 
     @property
@@ -156,6 +162,7 @@ class Site:
         *,
         fetch: bool = True,
         clip: float | None = None,
+        remember: bool = False,
     ) -> Report:
         """Train the model from these values on, on the worker.
 
@@ -167,8 +174,10 @@ class Site:
             progress: told of each batch.
             fetch: whether what came of it is brought here.
             clip: L2 norm to which the change is clipped, before it is brought here.
+            remember: whether the next model may be what came of it, which is then not sent again.
 
         Raises:
+            UpdateRejected: what came cannot be made a model of.
             WsfedError: the worker is lost, or an operation failed there.
         """
         begun = time.perf_counter()
@@ -178,8 +187,12 @@ class Site:
             # nothing here that is not settled yet (an optimizer's counts, gradients to ask for).
             if strategy.wants_gradients or self._replica.optimizer.state:
                 await self._finish(issued, strategy, progress, fetch=fetch)
-        if issued.values is None:
+        if issued.losses is None:
             await self._finish(issued, strategy, progress, fetch=fetch)
+        issued.values = await self._values(issued, state, round)
+        if remember and fetch and not (strategy.wants_gradients or self._replica.compresses):
+            left = await asyncio.to_thread(digests_of, issued.values)
+            self._replica.remember(left, issued.turn)
         return await self._report(issued, time.perf_counter() - begun)
 
     async def _issue(
@@ -202,12 +215,14 @@ class Site:
         replica.model.train()
         if strategy.wants_gradients:
             run = self._dataset.run(replica.slope(self.rows), **self._whole())
-            return _Issued(run, loss_before=loss_before)
+            return _Issued(run, replica.turn, loss_before=loss_before)
         run = self._dataset.run(replica.step, **self._batches(round))
         if replica.rules is not None and fetch:
-            return _Issued(run, replica.ask_release(math.inf if clip is None else clip))
+            released = replica.ask_release(math.inf if clip is None else clip)
+            return _Issued(run, replica.turn, released)
         within = None if clip is None else replica.clip(clip)
-        return _Issued(run, replica.ask() if fetch else None, within, loss_before)
+        asked = replica.ask(self._residual) if fetch else None
+        return _Issued(run, replica.turn, asked, within, loss_before)
 
     async def _finish(
         self,
@@ -218,11 +233,24 @@ class Site:
         fetch: bool,
     ) -> None:
         """Wait for what was issued."""
-        issued.losses = await _finished(issued.run, issued.asked, self.name, progress)
-        asked = issued.asked
+        asked = None if issued.asked is None else issued.asked.values
+        issued.losses = await _finished(issued.run, asked, self.name, progress)
         if fetch and strategy.wants_gradients:
-            asked = self._replica.ask_slope()
-        issued.values = {} if asked is None else self._replica.named(await asked)
+            issued.asked = self._replica.ask_slope()
+        if issued.asked is not None:
+            issued.told = await issued.asked.values
+
+    async def _values(self, issued: _Issued, state: State, round: int) -> State:
+        """Of the model, from what has come."""
+        if issued.asked is None:
+            return {}
+        told, issued.told = issued.told, ()
+        try:
+            if not self._replica.compresses:
+                return self._replica.named(told, state)
+            return await asyncio.to_thread(self._replica.named, told, state)
+        except ValueError as error:
+            raise UpdateRejected(round, self.name, str(error)) from None
 
     async def _report(self, issued: _Issued, seconds: float) -> Report:
         assert issued.losses is not None
@@ -239,7 +267,12 @@ class Site:
             loss = self._mean(issued.losses, self.rows)
         else:
             loss = float(issued.losses.mean())
-        return Report(reply, loss, seconds, *self._replica.take_traffic())
+        residual = None if issued.asked is None else issued.asked.residual
+        return Report(reply, loss, seconds, *self._replica.take_traffic(), residual)
+
+    def keep(self, report: Report) -> None:
+        """This was used: the next round adds what was not sent of it."""
+        self._residual = report.residual
 
     def contributor(self, strategy: Strategy) -> Contributor:
         """As a member of a round of secure aggregation, once it has trained."""

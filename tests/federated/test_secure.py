@@ -20,6 +20,7 @@ from tests.federated.rows import points
 from wsfed import federated
 from wsfed.errors import RemoteError
 from wsfed.federated.contribution import Contributor
+from wsfed.privacy.cohorts import CohortPolicy
 from wsfed.privacy.journal import Journal
 from wsfed.privacy.roster import Membership, Roster, new_key, public_key
 from wsfed.protocol import messages as m
@@ -32,10 +33,14 @@ ROSTER = Roster("clinics", 1, PUBLIC, bound=5.0)
 
 
 def member(
-    name: str, rows: int = 48, roster: Roster = ROSTER, journal: Journal | None = None
+    name: str,
+    rows: int = 48,
+    roster: Roster = ROSTER,
+    journal: Journal | None = None,
+    **more: Any,
 ) -> wsfed.VirtualWorker:
     data = wsfed.Dataset("points", points(rows, NAMES.index(name)))
-    membership = Membership(name, KEYS[name], roster, journal or Journal())
+    membership = Membership(name, KEYS[name], roster, journal or Journal(), **more)
     return wsfed.VirtualWorker(name, datasets=[data], membership=membership)
 
 
@@ -48,8 +53,8 @@ async def members() -> AsyncIterator[list[wsfed.Worker]]:
         ]
 
 
-def network() -> nn.Module:
-    torch.manual_seed(3)
+def network(seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
@@ -109,10 +114,8 @@ async def test_a_member_that_is_lost_is_left_out(
 ) -> None:
     """At each of the five steps one member is lost."""
     for step in range(5):
-        lost = {"bob": step}
-        _lose(monkeypatch, lost)
-        model = network()
-        history = await fit(model, members, rounds=1, privacy=federated.SecAgg(ROSTER))
+        _lose(monkeypatch, {"bob": step})
+        history = await fit(network(step), members, rounds=1, privacy=federated.SecAgg(ROSTER))
         outcomes = {site.site: site.outcome for site in history[0].sites}
         used = {name for name, outcome in outcomes.items() if outcome == "used"}
         assert used == set(NAMES) - ({"bob"} if step < 3 else set()), step
@@ -287,6 +290,62 @@ async def test_a_worker_that_was_restarted_takes_no_second_part(tmp_path: Path) 
         assert outcomes["bob"] == "used"
 
 
+async def test_no_more_rounds_begin_than_the_roster_allows(tmp_path: Path) -> None:
+    """Of any session, before or after a restart."""
+    roster = Roster("clinics", 5, PUBLIC, bound=5.0, round_rate=3)
+    for rounds, allowed in ((2, True), (2, False)):
+        async with AsyncExitStack() as stack:
+            workers = [member(name, 48, roster, await _journal(tmp_path / name)) for name in NAMES]
+            for worker in workers:
+                await stack.enter_async_context(worker)
+            train = fit(network(), workers, rounds=rounds, privacy=federated.SecAgg(roster))
+            if allowed:
+                assert len(await train) == 2
+            else:
+                with pytest.raises(wsfed.SecAggAborted, match="3 rounds in 86400 s") as caught:
+                    await train
+                assert len(caught.value.history) == 1
+
+
+async def _journal(path: Path) -> Journal:
+    return await asyncio.to_thread(Journal, path)
+
+
+async def test_a_worker_that_stays_lost_does_not_end_the_training(
+    members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    privacy = federated.SecAgg(ROSTER)
+    await fit(network(), members, rounds=2, privacy=privacy)
+    _lose(monkeypatch, {"erin": 0})
+    history = await fit(network(4), members, rounds=3, privacy=privacy)
+    outcomes = [[s.site for s in each.sites if s.outcome == "used"] for each in history]
+    assert outcomes == [["alice", "bob", "carol", "dave"]] * 3
+
+
+async def test_the_same_model_is_not_added_up_again_without_one_member(
+    members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the session: the difference of both means would be one member's change."""
+    privacy = federated.SecAgg(ROSTER)
+    for _ in range(2):  # with the same members it is
+        await fit(network(), members, rounds=1, privacy=privacy)
+    _lose(monkeypatch, {"erin": 0})
+    with pytest.raises(wsfed.SecAggAborted, match=r"same model differ by 1 members \('erin'\)"):
+        await fit(network(), members, rounds=1, privacy=privacy)
+
+
+async def test_a_strict_owner_lets_no_worker_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(member(name, cohorts=CohortPolicy(moves=0)))
+            for name in NAMES
+        ]
+        await fit(network(), workers, rounds=1, privacy=federated.SecAgg(ROSTER))
+        _lose(monkeypatch, {"erin": 0})
+        with pytest.raises(wsfed.SecAggAborted, match="signs the next epoch"):
+            await fit(network(4), workers, rounds=1, privacy=federated.SecAgg(ROSTER))
+
+
 async def _with_session(session: bytes, workers: Sequence[wsfed.Worker]) -> federated.History:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("wsfed.federated.secure.secrets.token_bytes", lambda count: session)
@@ -325,16 +384,3 @@ async def test_a_worker_that_is_no_member_is_told(members: list[wsfed.Worker]) -
 def test_settings_out_of_range_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="out of range"):
         federated.SecAgg(ROSTER, **more)
-
-
-# --- the journal ----------------------------------------------------------------------------------
-
-
-def test_a_journal_outlives_its_process(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.json")
-    assert journal.last(b"x" * 16) == (0, -1)
-    journal.write(b"x" * 16, 3, 1)
-    assert Journal(tmp_path / "journal.json").last(b"x" * 16) == (3, 1)
-    (tmp_path / "journal.json").write_text("[1]")
-    with pytest.raises(ValueError, match="no journal"):
-        Journal(tmp_path / "journal.json")

@@ -56,6 +56,10 @@ def roster(
         float, typer.Option(min=0.0, help="Deviation of the noise in a sum, in units of bound.")
     ] = 0.0,
     max_weight: Annotated[int, typer.Option(min=1, help="Rows count up to so many.")] = 1_000_000,
+    round_rate: Annotated[
+        int, typer.Option(min=1, help="Rounds that a member takes part in, at most, in ...")
+    ] = 1_000,
+    rate_seconds: Annotated[int, typer.Option(min=1, help="... so many seconds.")] = 86_400,
 ) -> None:
     """Sign who may add up with whom, and the numbers below which nobody takes part.
 
@@ -79,6 +83,8 @@ def roster(
             bound,
             max_weight,
             noise,
+            round_rate,
+            rate_seconds,
         )
         key = read_key(owner)
         keys.save_roster(file, made.sign(key))
@@ -87,7 +93,9 @@ def roster(
     typer.echo(keys.public_key(key))
 
 
-def membership_of(name: str, file: Path, owner: str, key: Path, journal: Path | None) -> Membership:
+def membership_of(
+    name: str, file: Path, owner: str, key: Path, journal: Path | None, moves: int
+) -> Membership:
     """What a worker needs to be a member.
 
     Raises:
@@ -95,11 +103,14 @@ def membership_of(name: str, file: Path, owner: str, key: Path, journal: Path | 
             what it has to be.
         OSError: a file cannot be read.
     """
+    from wsfed.privacy.cohorts import CohortPolicy
     from wsfed.privacy.journal import Journal
 
     keys = _keys()
     pinned = keys.load_roster(file).check(owner)
-    made: Membership = keys.Membership(name, read_key(key), pinned, Journal(journal))
+    made: Membership = keys.Membership(
+        name, read_key(key), pinned, Journal(journal), CohortPolicy(moves=moves)
+    )
     return made
 
 

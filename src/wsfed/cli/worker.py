@@ -116,6 +116,9 @@ def worker(
     journal: Annotated[
         Path | None, typer.Option(help="File that notes the rounds it has taken part in.")
     ] = None,
+    cohort_moves: Annotated[
+        int, typer.Option(min=0, help="Drop-outs and returns that it adds up across, an epoch.")
+    ] = 8,
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
     ] = False,
@@ -140,7 +143,7 @@ def worker(
         _usage(refusal)
     if not id.strip():
         _usage("--id needs a name")
-    membership = _membership(id, roster, roster_owner, key, journal)
+    membership = _membership(id, roster, roster_owner, key, journal, cohort_moves)
     node = _node(
         id,
         _offered(dataset or [], transform or [], split or [], open or []),
@@ -263,7 +266,12 @@ def _loaded(offered: _Offered, opened: list[str], device: str) -> list[Dataset]:
 
 
 def _membership(
-    id: str, roster: Path | None, owner: str | None, key: Path | None, journal: Path | None
+    id: str,
+    roster: Path | None,
+    owner: str | None,
+    key: Path | None,
+    journal: Path | None,
+    moves: int,
 ) -> Membership | None:
     if roster is None and owner is None and key is None and journal is None:
         return None
@@ -272,7 +280,7 @@ def _membership(
     from wsfed.cli.roster import membership_of
 
     try:
-        return membership_of(id, roster, owner, key, journal)
+        return membership_of(id, roster, owner, key, journal, moves)
     except (OSError, ValueError) as error:
         _fail(str(error))
 

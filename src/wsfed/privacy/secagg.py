@@ -35,7 +35,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -226,6 +227,8 @@ class Member:
         numbers: of the round, as the collector says them.
         model: SHA-256 of the model that it was given.
         last_round: the last round of this session in which it took part.
+        approve: told in rounds 3 and 4 who is in the sum, by name, and whether shares for it leave
+            now; raises ``ValueError`` where the sum is not to be had.
     """
 
     name: str
@@ -234,6 +237,7 @@ class Member:
     numbers: Numbers
     model: bytes
     last_round: tuple[int, int] = (0, -1)
+    approve: Callable[[Sequence[str], bool], None] | None = None
     _step: int = 0
     _u: int = 0
     _context: bytes = b""
@@ -412,13 +416,24 @@ class Member:
 
     def _note(self, attempt: int) -> None:
         assert self._remember is not None
-        try:
+        with self._refusing():
             self._remember(self.numbers.round, attempt)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What the caller's own rules refuse ends this member's part."""
+        try:
+            yield
         except ValueError as error:
             raise self._abort(str(error)) from None
         except BaseException:
             self._abort("the round could not be noted")
             raise
+
+    def _approve(self, *, leaving: bool) -> None:
+        if self.approve is not None:
+            with self._refusing():
+                self.approve(self._names(sorted(self._u3)), leaving)
 
     def confirm(self, u3: Iterable[int]) -> bytes:
         """Round 3: a signature under who is in the sum.
@@ -432,6 +447,7 @@ class Member:
         if len(self._u3) != len(u3) or not self._u3 <= set(self._shares) or self._u not in u3:
             raise self._abort("the sum is said to be of others than have shared their secrets")
         self._check_count(u3, "are in the sum")
+        self._approve(leaving=False)
         return self.key.sign(self._signed_sum(self._u3))
 
     def _signed_sum(self, u3: Iterable[int]) -> bytes:
@@ -456,6 +472,7 @@ class Member:
             and _is_signed(self.roster.members[order[member - 1]], signature, signed)
         ]
         self._check_count(valid, "have signed that the sum is of the same members")
+        self._approve(leaving=True)
         # No other attempt at this round: two sums of it may differ by one member.
         self._note(_LAST_ATTEMPT)
         given = {

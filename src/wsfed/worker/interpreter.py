@@ -478,7 +478,7 @@ class Interpreter:
         values, given = (
             [self.store.tensor(id) for id in ids] for ids in (command.values, command.given)
         )
-        made = self._secure.step(command.step, data, rows, values, given)
+        made = self._secure.step(command.step, data, command.name, rows, values, given)
         return Reply(m.TensorReply(command.request, 0, False), outgoing(made, lasting=True))
 
     # --- the others ---

@@ -61,6 +61,7 @@ def test_the_owner_has_signed_the_roster() -> None:
         {"noise": 0.1},
         {"round_rate": 2},
         {"rate_seconds": 60},
+        {"arch_hash": "0" * 64},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -60,6 +60,9 @@ def roster(
         int, typer.Option(min=1, help="Rounds that a member takes part in, at most, in ...")
     ] = 1_000,
     rate_seconds: Annotated[int, typer.Option(min=1, help="... so many seconds.")] = 86_400,
+    arch_hash: Annotated[
+        str, typer.Option(metavar="HASH", help="Structure of the model; default: any.")
+    ] = "",
 ) -> None:
     """Sign who may add up with whom, and the numbers below which nobody takes part.
 
@@ -85,6 +88,7 @@ def roster(
             noise,
             round_rate,
             rate_seconds,
+            arch_hash,
         )
         key = read_key(owner)
         keys.save_roster(file, made.sign(key))
@@ -94,7 +98,7 @@ def roster(
 
 
 def membership_of(
-    name: str, file: Path, owner: str, key: Path, journal: Path | None, moves: int
+    name: str, file: Path, owner: str, key: Path, journal: Path | None, moves: int, alike: float
 ) -> Membership:
     """What a worker needs to be a member.
 
@@ -109,7 +113,7 @@ def membership_of(
     keys = _keys()
     pinned = keys.load_roster(file).check(owner)
     made: Membership = keys.Membership(
-        name, read_key(key), pinned, Journal(journal), CohortPolicy(moves=moves)
+        name, read_key(key), pinned, Journal(journal), CohortPolicy(moves=moves), alike
     )
     return made
 

@@ -119,6 +119,9 @@ def worker(
     cohort_moves: Annotated[
         int, typer.Option(min=0, help="Drop-outs and returns that it adds up across, an epoch.")
     ] = 8,
+    alike_rows: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a layer's rows that may be alike.")
+    ] = 0.01,
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
     ] = False,
@@ -143,7 +146,7 @@ def worker(
         _usage(refusal)
     if not id.strip():
         _usage("--id needs a name")
-    membership = _membership(id, roster, roster_owner, key, journal, cohort_moves)
+    membership = _membership(id, roster, roster_owner, key, journal, cohort_moves, alike_rows)
     node = _node(
         id,
         _offered(dataset or [], transform or [], split or [], open or []),
@@ -272,6 +275,7 @@ def _membership(
     key: Path | None,
     journal: Path | None,
     moves: int,
+    alike: float,
 ) -> Membership | None:
     if roster is None and owner is None and key is None and journal is None:
         return None
@@ -280,7 +284,7 @@ def _membership(
     from wsfed.cli.roster import membership_of
 
     try:
-        return membership_of(id, roster, owner, key, journal, moves)
+        return membership_of(id, roster, owner, key, journal, moves, alike)
     except (OSError, ValueError) as error:
         _fail(str(error))
 

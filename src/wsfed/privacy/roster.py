@@ -55,6 +55,8 @@ class Roster:
         round_rate: rounds, of all sessions and attempts, in which a member gives a masked vector in
             ``rate_seconds``, at most.
         rate_seconds: of ``round_rate``; a day.
+        arch_hash: structure of the model (:func:`~wsfed.privacy.structure.structure_of`), 32 bytes
+            in hexadecimal digits; empty: any.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Roster:
     noise: float = 0.0
     round_rate: int = 1_000
     rate_seconds: int = 86_400
+    arch_hash: str = ""
 
     def __post_init__(self) -> None:
         names, keys = list(self.members), set(self.members.values())
@@ -93,6 +96,8 @@ class Roster:
             raise ValueError(
                 f"out of range: min_rows {self.min_rows}, bound {self.bound}, noise {self.noise}"
             )
+        if self.arch_hash and not _KEY.fullmatch(self.arch_hash):
+            raise ValueError("arch_hash has 32 bytes, in hexadecimal digits, or is empty")
         if self.round_rate < 1 or self.rate_seconds < 1:
             raise ValueError(
                 f"out of range: round_rate {self.round_rate} in {self.rate_seconds} seconds"
@@ -169,6 +174,8 @@ class Membership:
         roster: pinned by its owner.
         journal: of the rounds in which it took part, and of the sums that it has helped to unmask.
         cohorts: what the worker's owner lets be told by the difference of two sums.
+        most_alike: share of a layer's rows that may be alike
+            (:func:`~wsfed.privacy.structure.check_rows`); 1 where these are not looked at.
     """
 
     name: str
@@ -176,6 +183,7 @@ class Membership:
     roster: Roster
     journal: Journal = field(default_factory=Journal)
     cohorts: CohortPolicy = field(default_factory=CohortPolicy)
+    most_alike: float = 0.01
 
     def __post_init__(self) -> None:
         if self.roster.members.get(self.name) != public_key(self.key):

@@ -12,6 +12,7 @@ from wsfed.privacy import masks
 from wsfed.privacy.cohorts import Unmasked, check_cohort
 from wsfed.privacy.roster import Membership
 from wsfed.privacy.secagg import EXTRA, Member, Numbers, pack, unpack_members, unpack_table
+from wsfed.privacy.structure import check_rows, check_structure
 from wsfed.tensors import describe, hash_of
 
 __all__ = ["SecureRounds"]
@@ -86,6 +87,8 @@ class SecureRounds:
         )
         try:
             mine.journal.check_rate(*self._rate)
+            check_structure(mine.roster.arch_hash, given)
+            check_rows(given, mine.most_alike)
         except ValueError as error:
             raise SecAggAborted(numbers.round, f"{mine.name}: {error}") from None
         self._member = member

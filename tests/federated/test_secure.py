@@ -23,6 +23,7 @@ from wsfed.federated.contribution import Contributor
 from wsfed.privacy.cohorts import CohortPolicy
 from wsfed.privacy.journal import Journal
 from wsfed.privacy.roster import Membership, Roster, new_key, public_key
+from wsfed.privacy.secagg import pack, unpack_table
 from wsfed.protocol import messages as m
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -112,20 +113,46 @@ async def test_members_add_the_noise_of_the_roster() -> None:
 async def test_a_member_that_is_lost_is_left_out(
     members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each of the five steps one member is lost."""
-    for step in range(5):
+    """At each of the six steps one member is lost."""
+    for step in range(6):
         _lose(monkeypatch, {"bob": step})
         history = await fit(network(step), members, rounds=1, privacy=federated.SecAgg(ROSTER))
         outcomes = {site.site: site.outcome for site in history[0].sites}
         used = {name for name, outcome in outcomes.items() if outcome == "used"}
-        assert used == set(NAMES) - ({"bob"} if step < 3 else set()), step
-        assert (step >= 3) or "power cut" in outcomes["bob"]
+        assert used == set(NAMES) - ({"bob"} if step < 4 else set()), step
+        assert (step >= 4) or "power cut" in outcomes["bob"]
+
+
+async def test_a_member_that_seals_rubbish_is_dropped_and_named(
+    members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One other cannot open what it has sealed; the others go on without it."""
+    from wsfed.federated.site import Site
+
+    contributor = _CONTRIBUTOR
+    bob = ROSTER.order.index("bob") + 1
+
+    def meddling(site: Site, strategy: Any) -> Contributor:
+        whole = contributor(site, strategy)
+
+        async def ask(step: int, told: bytes) -> torch.Tensor:
+            if step == 2 and whole.name == "alice":
+                told = pack({**unpack_table(told), bob: bytes(82)})
+            return await whole.ask(step, told)
+
+        return Contributor(whole.name, whole.rows, ask)
+
+    monkeypatch.setattr(Site, "contributor", meddling)
+    history = await fit(network(), members, rounds=1, privacy=federated.SecAgg(ROSTER))
+    outcomes = {site.site: site.outcome for site in history[0].sites}
+    assert "shares between it and alice cannot be opened" in outcomes.pop("bob")
+    assert set(outcomes.values()) == {"used"}
 
 
 async def test_too_few_members_come_to_no_sum(
     members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _lose(monkeypatch, {"bob": 2, "dave": 2})
+    _lose(monkeypatch, {"bob": 3, "dave": 3})
     model, before = network(), network()
     with pytest.raises(wsfed.SecAggAborted, match=r"3 members have sent.*power cut") as caught:
         await fit(model, members, privacy=federated.SecAgg(ROSTER, attempts=1))
@@ -138,7 +165,7 @@ async def test_too_few_members_come_to_no_sum(
 async def test_another_attempt_is_made_with_those_that_are_left(
     members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _lose(monkeypatch, {"bob": 2, "dave": 2})
+    _lose(monkeypatch, {"bob": 3, "dave": 3})
     history = await fit(network(), members, rounds=1, privacy=federated.SecAgg(ROSTER))
     outcomes = {site.site: site.outcome for site in history[0].sites}
     assert {n for n, outcome in outcomes.items() if outcome == "used"} == {"alice", "carol", "erin"}
@@ -196,14 +223,14 @@ async def test_what_the_collector_gets_tells_nothing_of_one_member(
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(4, 2000), nn.ReLU(), nn.Linear(2000, 2))
     await fit(wide, members, rounds=1, privacy=federated.SecAgg(ROSTER))
-    vectors = [made.numpy().view(np.uint8) for step, made in seen if step == 2]
+    vectors = [made.numpy().view(np.uint8) for step, made in seen if step == 3]
     assert len(vectors) == 5
     assert not fetched
     for vector in vectors:
         counts = np.bincount(vector, minlength=256)
         square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
         assert square < 255 + 7 * (2 * 255) ** 0.5  # chi-square of 255 degrees, 7 deviations
-    assert all(len(made) < 1000 for step, made in seen if step != 2)
+    assert all(len(made) < 1000 for step, made in seen if step != 3)
 
 
 # --- what a worker refuses ------------------------------------------------------------------------
@@ -231,7 +258,7 @@ async def test_a_worker_without_a_roster_takes_no_part() -> None:
             await _ask(alice, 0)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 async def test_no_step_is_taken_before_a_round_begins(step: int) -> None:
     async with member("alice") as alice:
         with pytest.raises(RemoteError, match="no round"):

@@ -150,7 +150,7 @@ def test_the_difference_of_two_sums_is_not_to_be_had_under_another_session() -> 
         for session, gone in enumerate([set(), {3}]):
             if not keeps:
                 journals = {u: Journal() for u in range(1, 8)}
-            one = _round(session, journals, gone).until(3)
+            one = _round(session, journals, gone).until(4)
             if keeps and session:
                 with pytest.raises(SecAggAborted, match="of the same model differ by 1 members"):
                     one.confirm()
@@ -164,15 +164,15 @@ def test_the_difference_of_two_sums_is_not_to_be_had_under_another_session() -> 
 def test_of_two_rounds_at_once_one_gives_no_shares() -> None:
     """Both are signed before shares for either have left: the answer itself is what is refused."""
     journals = {u: Journal() for u in range(1, 8)}
-    one, other = _round(0, journals, set()).until(4), _round(1, journals, {3}).until(4)
+    one, other = _round(0, journals, set()).until(5), _round(1, journals, {3}).until(5)
     one.unmask()
     with pytest.raises(SecAggAborted, match="of the same model differ by 1 members"):
-        other.members[1].unmask(other.said[4])
+        other.members[1].unmask(other.said[5])
     assert not other.given
 
 
 def test_a_sum_is_noted_before_shares_are_given() -> None:
-    one = Round(4, numbers_of(4), vectors_of(4)).until(4)
+    one = Round(4, numbers_of(4), vectors_of(4)).until(5)
     member, seen = one.members[1], []
 
     def approve(names: object, leaving: bool) -> None:
@@ -181,10 +181,10 @@ def test_a_sum_is_noted_before_shares_are_given() -> None:
 
     member.approve = approve
     with pytest.raises(OSError, match="disk is full"):
-        member.unmask(one.said[4])
+        member.unmask(one.said[5])
     assert seen == [(roster_of(4).order, True, 4)]
     with pytest.raises(SecAggAborted):
-        member.unmask(one.said[4])
+        member.unmask(one.said[5])
 
 
 def test_who_is_refused_has_noted_nothing() -> None:

@@ -25,7 +25,7 @@ class SecAgg:
     Attributes:
         roster: of the members: the workers, by the ids that they have in it.
         attempts: at a round, each with new keys.
-        patience: seconds for each of the protocol's five steps.
+        patience: seconds for each of the protocol's six steps.
     """
 
     roster: Roster

@@ -159,7 +159,7 @@ class Replica:
         """What a step of secure aggregation is about: values, and the model that was given."""
         if step == 0:
             return [], _ids(self._sent)
-        if step != 2:
+        if step != 3:
             return [], []
         if gradients:
             return _ids([_gradient(each) for each in self._trained.values()]), []

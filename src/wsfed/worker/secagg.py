@@ -42,7 +42,7 @@ class SecureRounds:
         """One step; see :class:`~wsfed.protocol.messages.SecAgg`.
 
         Args:
-            step: 0 to 4.
+            step: 0 to 5.
             told: by the collector.
             dataset: whose rows count as the weight.
             rows: of it.
@@ -61,12 +61,13 @@ class SecureRounds:
             if step == 1:
                 return _bytes(pack(member.share(unpack_table(told))))
             if step == 2:
-                vector = self._vector(member, rows, values, given)
-                sealed = unpack_table(told)
-                self._dataset = dataset
-                masked = member.mask(sealed, vector, self._remember)
-                return torch.from_numpy(masked.view(np.int32))
+                return _bytes(pack(member.open(unpack_table(told))))
             if step == 3:
+                members, self._dataset = unpack_members(told), dataset
+                vector = self._vector(member, rows, values, given)
+                masked = member.mask(members, vector, self._remember)
+                return torch.from_numpy(masked.view(np.int32))
+            if step == 4:
                 return _bytes(member.confirm(unpack_members(told)))
             try:
                 return _bytes(pack(member.unmask(unpack_table(told))))

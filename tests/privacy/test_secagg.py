@@ -95,6 +95,16 @@ def test_a_threshold_is_more_than_two_thirds(members: int, threshold: int) -> No
     assert 3 * threshold > 2 * members >= 3 * (threshold - 1)
 
 
+def test_what_members_send_is_of_known_sizes() -> None:
+    """Of each round: keys and a signature, a box for each peer, a vector, a signature, shares."""
+    count, length = 10, 1000
+    _, _, one = play(count, {}, length)
+    sizes: dict[int, set[int]] = {}
+    for step, _, _, told in one.heard:
+        sizes.setdefault(step, set()).add(len(told))
+    assert sizes == {0: {128}, 1: {82}, 2: {1}, 3: {4 * length}, 4: {64}, 5: {33}}
+
+
 # --- the numbers of a round ----------------------------------------------------------------------
 
 _NUMBERS = st.builds(

@@ -201,6 +201,33 @@ async def test_a_structure_that_is_not_the_rosters_is_refused() -> None:
     assert not curious.means
 
 
+async def _words_used(roster: Roster) -> int:
+    """Rows of an embedding that the change of the mean tells of; one site alone has word 7."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Flatten(), nn.Linear(4, 2))
+    before = model[0].weight.detach().clone()
+    async with AsyncExitStack() as stack:
+        workers = []
+        for number, name in enumerate(NAMES[:5]):
+            words = torch.full((32, 1), 7 if number == 2 else 3)
+            data = wsfed.Dataset("words", {"x": words, "y": torch.arange(32) % 2})
+            worker = wsfed.VirtualWorker(
+                name, datasets=[data], membership=Membership(name, KEYS[name], roster)
+            )
+            workers.append(await stack.enter_async_context(worker))
+        await federated.fit(
+            *(model, workers, "words", F.cross_entropy, partial(torch.optim.SGD, lr=0.5)),
+            rounds=1,
+            privacy=federated.SecAgg(roster),
+        )
+    return int((model[0].weight.detach() - before).abs().gt(1e-6).any(dim=1).sum())
+
+
+async def test_a_sum_tells_which_words_a_site_has_and_noise_on_all_of_them_hides_it() -> None:
+    assert await _words_used(a_roster(1.0)) == 2
+    assert await _words_used(a_roster(1.0, noise=0.01)) == 50
+
+
 async def test_noise_and_clipping_give_none_away() -> None:
     """Even for one row a site, where the plain mean gives most of them away."""
     seen: list[Any] = []

@@ -26,7 +26,10 @@ from wsfed.errors import SecAggAborted
 from wsfed.privacy.masks import dequantise, quantise
 from wsfed.privacy.secagg import (
     Numbers,
+    _derive,
     least_threshold,
+    unpack_members,
+    unpack_table,
 )
 
 # --- whole rounds --------------------------------------------------------------------------------
@@ -167,6 +170,40 @@ def test_numbers_of_another_kind_are_refused(place: int) -> None:
     for other in (True, "text", None, [1]):
         with pytest.raises(ValueError, match="no numbers of a round"):
             Numbers.unpack(msgpack.packb([*told[:place], other, *told[place + 1 :]]))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [[1, b"x"], [1, b"y"]],  # the same member twice
+        [[1, b"x", 2]],
+        [["1", b"x"]],
+        [[True, b"x"]],
+        [[1, "x"]],
+        [[1, bytes(257)]],
+        [[1, b""]] * 200,
+        {1: b"x"},
+        [1, 2],
+        7,
+    ],
+    ids=lambda told: str(told)[:20],
+)
+def test_what_is_no_table_is_refused(told: Any) -> None:
+    with pytest.raises(ValueError, match="malformed"):
+        unpack_table(msgpack.packb(told))
+
+
+@pytest.mark.parametrize("told", [[1, "x"], [True], [b"x"], {1: 2}, 7, [1] * 200], ids=str)
+def test_what_is_no_list_of_members_is_refused(told: Any) -> None:
+    with pytest.raises(ValueError, match="malformed"):
+        unpack_members(msgpack.packb(told))
+
+
+def test_keys_are_derived_as_rfc_5869_says() -> None:
+    """Its test case 3: no salt, no info; the first 32 bytes."""
+    assert _derive(b"\x0b" * 22, b"").hex() == (
+        "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"
+    )
 
 
 def test_secrets_are_fresh_in_every_run() -> None:

@@ -18,13 +18,14 @@ from torch.nn import functional as F
 import wsfed
 from tests.federated.rows import points
 from wsfed import federated
-from wsfed.errors import RemoteError
+from wsfed.errors import GetNotPermitted, RemoteError
 from wsfed.federated.contribution import Contributor
 from wsfed.privacy.cohorts import CohortPolicy
 from wsfed.privacy.journal import Journal
 from wsfed.privacy.roster import Membership, Roster, new_key, public_key
 from wsfed.privacy.secagg import pack, unpack_table
 from wsfed.protocol import messages as m
+from wsfed.worker.strict import Ledger, Releases
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NAMES = ("alice", "bob", "carol", "dave", "erin")
@@ -80,6 +81,26 @@ async def test_training_is_the_same(
     if not strategy.wants_gradients:
         assert torch.allclose(plain[1].running_mean, secure[1].running_mean, rtol=0, atol=1e-6)
     assert all(site.outcome == "used" for each in history for site in each.sites)
+
+
+async def test_strict_members_add_up_and_release_nothing_else() -> None:
+    plain, secure = network(), network()
+    async with AsyncExitStack() as stack:
+        workers, free = [], []
+        for name in NAMES:
+            data = [wsfed.Dataset("points", points(40, NAMES.index(name)))]
+            membership = Membership(name, KEYS[name], ROSTER, Journal())
+            strict = wsfed.VirtualWorker(
+                name, datasets=data, membership=membership, ledger=Ledger(Releases())
+            )
+            workers.append(await stack.enter_async_context(strict))
+            free.append(await stack.enter_async_context(wsfed.VirtualWorker(name, datasets=data)))
+        await fit(plain, free)
+        await fit(secure, workers, privacy=federated.SecAgg(ROSTER))
+        with pytest.raises(GetNotPermitted):
+            await (await workers[0].dataset("points")).batch(40, 0)[0].sum()
+    for one, other in zip(plain.parameters(), secure.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=2e-6)
 
 
 async def test_a_large_change_is_clipped_to_the_bound(members: list[wsfed.Worker]) -> None:

@@ -217,7 +217,7 @@ async def test_what_was_lost_is_opened_again(eight: list[str]) -> None:
         history = await federated.fit(
             *(nn.Linear(4, 2), [partial(wsfed.connect, eight[0]), alice], *ARGUMENTS),
             rounds=4,
-            local_epochs=40,
+            local_epochs=400,
             callbacks=[ending],
         )
         assert ending.task is not None
@@ -242,7 +242,7 @@ async def test_what_stays_lost_is_named(eight: list[str]) -> None:
                 ),
                 *ARGUMENTS,
                 rounds=4,
-                local_epochs=40,
+                local_epochs=400,
                 min_workers=2,
                 callbacks=[_Ending(stack)],
             )

@@ -152,6 +152,8 @@ def section(title: str, value: object) -> str:
     text = f"### {title}\n\n"
     if not (inspect.isclass(value) or callable(value)):
         return text
+    if not getattr(value, "__module__", "").startswith("wsfed"):  # another name of another's
+        return text + f"```python\n{value!r}\n```\n"
     signature = _signature(value)
     text += f"```python\n{title.rsplit('.', 1)[-1]}{signature}\n```\n\n" if signature else ""
     text += docstring(inspect.getdoc(value) or "") + "\n"

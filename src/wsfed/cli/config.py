@@ -271,7 +271,9 @@ class Configuration(_Section):
         kinds = {
             name: kind
             for name, kind in vars(torch.optim).items()
-            if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+            if isinstance(kind, type)
+            and issubclass(kind, torch.optim.Optimizer)
+            and kind not in (torch.optim.Optimizer, torch.optim.LBFGS)
         }
         make = partial(
             _known(kinds, self.optimizer.name, "optimizer"), **(self.optimizer.model_extra or {})

@@ -90,7 +90,8 @@ class Ahead:
         if rows not in self._fields:
             self._fields[rows] = self._make(rows)
         call = self._plan._read(tuple(self._fields[rows]), {}, site)
-        step = self._plan._advance(call, is_next=not self._steps)
+        # What was recorded of a batch that fails is not sent: its rows are not there yet.
+        step = self._plan._advance(call, is_next=False)
         self._recordings.append(step.recording)
         state = own_state(step.optimizers)
         if self._first is None:

@@ -77,6 +77,7 @@ def kinds() -> tuple[tuple[str, str], ...]:
         (m.STREAM, "Stream messages"),
         (m.COMMANDS, "Commands"),
         (m.REPLIES, "Replies"),
+        (m.HUB, "Hub messages"),
     )
 
 

@@ -20,6 +20,7 @@ from websockets.exceptions import (
     WebSocketException,
 )
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 from websockets.typing import Origin, Subprotocol
 
 from wsfed.errors import RemoteProtocolError
@@ -67,6 +68,10 @@ class WebSocketWire:
             await self._socket.send(message[0] if len(message) == 1 else b"".join(message))
         except ConnectionClosed as error:
             raise WireLost(_reason(error)) from None
+        except AttributeError:
+            if not self._is_lost:
+                raise
+            raise WireLost("the connection broke") from None
 
     async def receive(self) -> Buffer:
         """See :class:`~wsfed.transport.wire.Wire`."""
@@ -82,7 +87,18 @@ class WebSocketWire:
 
     async def close(self, reason: str = "") -> None:
         """See :class:`~wsfed.transport.wire.Wire`."""
-        await self._socket.close(reason=reason.encode()[:120].decode(errors="ignore"))
+        try:
+            await self._socket.close(reason=reason.encode()[:120].decode(errors="ignore"))
+        except AttributeError:
+            if not self._is_lost:
+                raise
+
+    @property
+    def _is_lost(self) -> bool:
+        """asyncio's transport that was lost with data in its buffer cannot be aborted any more
+        (CPython 3.11), which websockets does to make sure.
+        """
+        return self._socket.state is State.CLOSED
 
 
 def _reason(error: ConnectionClosed) -> str:

@@ -53,6 +53,8 @@ def test_help_has_examples() -> None:
         (("hub", "--tls-cert", "cert.pem"), 2, "go together"),
         (("worker", "--connect", "http://127.0.0.1"), 2, "write ws://host:port"),
         (("worker", "--connect", "ws://127.0.0.1:1", "--tag", " "), 2, "Enrol.tags has to be"),
+        (("worker", "--tag", "digits"), 2, "go with --connect"),
+        (("worker", "--connect", "ws://h:1", "--tls-cert", "c.pem"), 2, "does not listen"),
         (("worker", "--connect", "ws://h:1", "--tls-ca", "/nowhere/ca"), 1, "/nowhere/ca"),
         (("worker", "--connect", "ws://h:1", "--hub-token-file", "/nowhere/t"), 1, "/nowhere/t"),
     ],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import wsfed
+from tests.certificates import tls
 from tests.relay.nodes import enrolled, until
 from wsfed import federated, testing
 from wsfed.relay import Hub
@@ -136,7 +138,10 @@ async def test_a_node_that_leaves_ends_its_sessions_with_one_error(url: str) -> 
             await x
 
 
-async def test_a_node_that_vanishes_is_given_up_after_a_while(url: str) -> None:
+async def test_a_node_that_vanishes_is_given_up_after_a_while(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsfed.node.hosted._GOODBYE_SECONDS", 0)
     async with wsfed.hub(url) as hub:
         async with enrolled(url, "alice") as (node,):
             alice = await hub.worker("alice", reconnect=0.1)
@@ -163,6 +168,23 @@ async def test_no_hub_another_server_and_a_wrong_token_are_told_apart() -> None:
             await wsfed.connect(url)
     with pytest.raises(ValueError, match="write ws://host:port"):
         wsfed.hub("http://127.0.0.1:1")
+
+
+async def test_hub_node_and_client_speak_tls(tmp_path: Path) -> None:
+    there, here = tls(tmp_path)
+    async with (
+        Hub(token="t").listen(ssl=there) as url,
+        wsfed.Node("alice") as node,
+        node.enrol(url, token="t", ssl=here) as enrolment,
+        wsfed.hub(url, token="t", ssl=here) as hub,
+    ):
+        assert url.startswith("wss://")
+        await enrolment.enrolled.wait()
+        async with hub.worker("alice") as alice:
+            x = alice.send(torch.arange(100_000.0))
+            assert torch.equal(await (x + 1), torch.arange(100_000.0) + 1)
+        with pytest.raises(wsfed.ConnectionLost, match="not trusted"):
+            await wsfed.hub(url, token="t")
 
 
 async def test_nodes_and_clients_have_tokens_of_their_own() -> None:

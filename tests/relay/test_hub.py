@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 import websockets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import wsfed
 from tests.relay.nodes import (
@@ -25,6 +27,7 @@ from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import encode, pack
 from wsfed.relay import Hub
+from wsfed.testing import memory_wires
 from wsfed.transport.line import Line, answer, call, open_line
 from wsfed.transport.wire import SUBPROTOCOL, Wire, WireLost
 
@@ -401,6 +404,39 @@ async def test_what_is_no_greeting_is_refused_with_a_reason(
     answer = await refused(url, sent)
     assert (answer.error, says in answer.reason) == (code, True), answer
     assert not hub.registry.members
+
+
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.text(max_size=20)
+    | st.binary(max_size=20)
+)
+VALUE = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=8), max_leaves=20)
+HUB_CODES = [code for code, cls in m.BY_CODE.items() if cls.kind == m.HUB]
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    greeting=st.binary(max_size=200)
+    | st.builds(
+        lambda code, fields: encode(0, 0, [pack([code, *fields])])[0],
+        st.sampled_from(HUB_CODES) | st.integers(0, 128),
+        st.lists(VALUE, max_size=8),
+    )
+)
+async def test_any_bytes_end_a_connection_and_not_the_hub(greeting: bytes) -> None:
+    hub = Hub()
+    near, far = memory_wires()
+    await near.send([greeting])
+    await near.close()
+    await hub.serve(far)
+    assert not hub.registry.members and not hub._calls
 
 
 async def test_an_announcement_of_ten_megabytes_is_cut_off(hub: Hub, url: str) -> None:

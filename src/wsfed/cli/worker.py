@@ -172,6 +172,10 @@ def worker(
         usage(refusal)
     if not id.strip():
         usage("--id needs a name")
+    if connect is None and (tag or hub_token_file or tls_ca):
+        usage("--tag, --hub-token-file and --tls-ca go with --connect")
+    if connect is not None and (tls_cert or tls_key):
+        usage("--connect dials and does not listen; --tls-cert and --tls-key are the hub's")
     membership = _membership(id, roster, roster_owner, key, journal)
     strict = _ledger(releases, ledger)
     node = _node(
@@ -179,19 +183,20 @@ def worker(
         _offered(dataset or [], transform or [], split or [], open or []),
         *(open or [], device, max_memory, threads, token_file, direct, membership, strict),
     )
-    try:
-        if connect is not None:
-            secret = read_token(hub_token_file, "--hub-token-file") if hub_token_file else None
-            trusted = _trusted(connect, tls_ca)
-            dialling = node.enrol(connect, tags=tag or (), token=secret, ssl=trusted)
+    if connect is not None:
+        secret = read_token(hub_token_file, "--hub-token-file") if hub_token_file else None
+        trusted = _trusted(connect, tls_ca)
+        dialling = node.enrol(connect, tags=tag or (), token=secret, ssl=trusted)
+        try:
             idle = asyncio.run(_enrol(node, dialling, as_json, until_eof))
-        else:
-            listening = node.listen(host, port, read_tls(tls_cert, tls_key))
+        except ValueError as error:
+            usage(f"--connect: {error}")
+    else:
+        listening = node.listen(host, port, read_tls(tls_cert, tls_key))
+        try:
             idle = asyncio.run(_serve(node, listening, as_json, until_eof))
-    except OSError as error:
-        cannot_listen(host, port, error)
-    except ValueError as error:
-        usage(f"--connect: {error}")
+        except OSError as error:
+            cannot_listen(host, port, error)
     if not idle:
         # A kernel that has not come back by now would abort the interpreter's own shutdown.
         sys.stdout.flush()

@@ -7,7 +7,8 @@ import random
 import ssl as ssl_module
 import weakref
 from collections import deque
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import AsyncIterator, Collection, Generator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -98,6 +99,9 @@ class HubClient:
     """A hub and the nodes behind it. Made by :func:`hub`; an async context manager.
 
     Sessions that it has opened end with it.
+
+    Attributes:
+        url: where the hub is.
     """
 
     def __init__(
@@ -108,8 +112,10 @@ class HubClient:
         ssl: ssl_module.SSLContext | None,
         timeout: float,
         reconnect: float,
+        kind: type[Worker] = Worker,
+        blocking: bool = False,
     ) -> None:
-        self.url = url
+        self.url, self._kind, self._is_blocking = url, kind, blocking
         self._token, self._ssl, self._timeout, self._reconnect = token, ssl, timeout, reconnect
         self._nodes: dict[str, HubNode] = {}
         self._events: weakref.WeakSet[HubEvents] = weakref.WeakSet()
@@ -289,16 +295,16 @@ class HubClient:
             AuthenticationFailed: hub or node refuse the token.
             ConnectionLost: the hub is out of reach.
         """
-        if self._closed is not None:
-            raise self._closed.with_traceback(None)
+        self._alive()
         connection = Connection(
             f"{id}@{self.url}",
             partial(call, self.url, id, token=self._token, ssl=self._ssl, timeout=self._timeout),
             asyncio.get_running_loop(),
             token=token,
+            blocking=self._is_blocking,
             reconnect=self._reconnect if reconnect is None else reconnect,
         )
-        worker = Worker(id, connection)
+        worker = self._kind(id, connection)
         self._workers = {each for each in self._workers if not each.closed} | {worker}
         connection.start()
         return Connecting(worker, connection)
@@ -333,9 +339,38 @@ class HubClient:
         Raises:
             TooFewNodes: they did not come in time; its text tells who is there.
         """
+        async with self._in_time(count, tags, timeout):
+            while True:
+                changed = self._changed
+                there = await self._until(count, tags)
+                opened = await asyncio.gather(*(self._session(each.id, token) for each in there))
+                workers = [worker for worker in opened if worker is not None]
+                if len(workers) >= count:
+                    return workers[:count]
+                await changed.wait()
+        raise AssertionError("it ends with a result or an error")
+
+    async def wait_for_nodes(
+        self, count: int, tags: Collection[str] = (), *, timeout: float | None = 60.0
+    ) -> list[HubNode]:
+        """Wait until so many nodes with all tags are there, and tell which: all that are there.
+
+        For programs that open sessions themselves.
+
+        Raises:
+            TooFewNodes: they did not come in time; its text tells who is there.
+        """
+        async with self._in_time(count, tags, timeout):
+            return await self._until(count, tags)
+        raise AssertionError("it ends with a result or an error")
+
+    @asynccontextmanager
+    async def _in_time(
+        self, count: int, tags: Collection[str], timeout: float | None
+    ) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(timeout):
-                return await self._wait_for(count, tags, token)
+                yield
         except TimeoutError:
             there = [node.id for node in self.nodes(tags)]
             others = [node.id for node in self.nodes() if node.id not in there]
@@ -344,18 +379,16 @@ class HubClient:
                 self.url, count, sorted(_tags(tags)), there, others, timeout or 0.0, more
             ) from None
 
-    async def _wait_for(self, count: int, tags: Collection[str], token: str | None) -> list[Worker]:
-        while True:
-            if self._closed is not None:
-                raise self._closed.with_traceback(None)
-            changed = self._changed
-            names = [node.id for node in self.nodes(tags)]
-            if len(names) >= count:
-                opened = await asyncio.gather(*(self._session(name, token) for name in names))
-                workers = [worker for worker in opened if worker is not None]
-                if len(workers) >= count:
-                    return workers[:count]
-            await changed.wait()
+    async def _until(self, count: int, tags: Collection[str]) -> list[HubNode]:
+        while len(there := self.nodes(tags)) < count:
+            self._alive()
+            await self._changed.wait()
+        self._alive()
+        return there
+
+    def _alive(self) -> None:
+        if self._closed is not None:
+            raise self._closed.with_traceback(None)
 
     async def _session(self, id: str, token: str | None) -> Worker | None:
         """The session with a node that ``workers`` gives, or ``None`` if it has just left."""

@@ -16,8 +16,9 @@ from torch import nn
 
 import wsfed
 from tests.certificates import tls
-from tests.relay.nodes import enrolled, until
+from tests.relay.nodes import enrolled, enrolled_by_hand, until
 from wsfed import federated, testing
+from wsfed.protocol import limits
 from wsfed.relay import Hub
 
 
@@ -99,6 +100,19 @@ async def test_waiting_in_vain_names_who_is_there(url: str) -> None:
             await hub.wait_for(2, {"digits"}, timeout=0)
         assert told.value.there == ("alice",)
         assert told.value.others == ("bob",)
+
+
+async def test_waiting_for_a_node_that_does_not_dial_back_says_so(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DIAL_BACK_SECONDS", 0.01)
+    monkeypatch.setattr("wsfed.client.hub._PAUSE", 0.0)
+    async with enrolled_by_hand(url, "mute"), enrolled(url, "alice"), wsfed.hub(url) as hub:
+        assert [worker.id for worker in await hub.workers()] == ["alice"]
+        with pytest.raises(wsfed.TooFewNodes, match="'mute' did not dial back") as told:
+            await hub.wait_for(2, timeout=0.1)
+        assert told.value.there == ("alice",)
+        assert [worker.id for worker in await hub.wait_for(1)] == ["alice"]
 
 
 async def test_the_same_sessions_are_given_until_they_end(url: str) -> None:

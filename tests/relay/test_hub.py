@@ -307,10 +307,11 @@ async def test_a_client_that_goes_while_it_waits_leaves_nothing_behind(hub: Hub,
         await until(lambda: not hub._calls and hub.registry.total.sessions == 0)
 
 
+@pytest.mark.parametrize("limit", ["MAX_CALLS", "MAX_CALLS_OF_NODE"])
 async def test_not_more_clients_wait_than_the_hub_can_bear(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    url: str, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "MAX_CALLS", 1)
+    monkeypatch.setattr(limits, limit, 1)
     async with enrolled_by_hand(url, "alice") as line:
         first = await calls(url, "alice")
         ticket = await rung(line)
@@ -318,8 +319,10 @@ async def test_not_more_clients_wait_than_the_hub_can_bear(
             await call(url, "alice")
         assert lost.value.code == "busy"
         node = await answer(url, ticket)
-        await (await first).close()
-        await node.close()
+        client = await first
+        second = await joined(url, line, await calls(url, "alice"))  # nobody waits any more
+        for wire in (client, node, *second):
+            await wire.close()
 
 
 # --- names ---------------------------------------------------------------------------------------

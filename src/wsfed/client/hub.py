@@ -8,7 +8,7 @@ import ssl as ssl_module
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Generator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -33,6 +33,8 @@ __all__ = ["HubClient", "HubEvent", "HubEvents", "HubNode", "hub"]
 
 #: The first wait before a hub is dialled again, and the longest, in seconds (full jitter).
 _BACK_OFF: Final = (0.1, 5.0)
+#: Seconds until a node that did not answer is tried again by who waits for it.
+_PAUSE: Final = 1.0
 #: Events that nobody takes are forgotten beyond this number, oldest first.
 _MOST_EVENTS: Final = 4 * limits.MAX_NODES
 
@@ -124,7 +126,9 @@ class HubClient:
         self._closed: WsfedError | None = None
         self._lost = ""
         self._workers: set[Worker] = set()
+        #: Sessions that ``workers`` gives, and why there is none with a node that is there.
         self._own: dict[str, Worker] = {}
+        self._absent: dict[str, str] = {}
 
     # --- life ---
 
@@ -248,6 +252,7 @@ class HubClient:
 
     def _leave(self, name: str, reason: str) -> None:
         node = self._nodes.pop(name, None)
+        self._absent.pop(name, None)
         if node is not None:
             self._happened(HubEvent("left", node, reason))
 
@@ -347,7 +352,9 @@ class HubClient:
                 workers = [worker for worker in opened if worker is not None]
                 if len(workers) >= count:
                     return workers[:count]
-                await changed.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PAUSE):
+                        await changed.wait()
         raise AssertionError("it ends with a result or an error")
 
     async def wait_for_nodes(
@@ -372,9 +379,13 @@ class HubClient:
             async with asyncio.timeout(timeout):
                 yield
         except TimeoutError:
-            there = [node.id for node in self.nodes(tags)]
-            others = [node.id for node in self.nodes() if node.id not in there]
-            more = "" if self.connected else f"the hub is out of reach: {self._lost}"
+            having = [node.id for node in self.nodes(tags)]
+            others = [node.id for node in self.nodes() if node.id not in having]
+            absent = [reason for id, reason in self._absent.items() if id in having]
+            there = [id for id in having if id not in self._absent]
+            more = "; ".join(
+                [*absent, *([] if self.connected else [f"the hub is out of reach: {self._lost}"])]
+            )
             raise TooFewNodes(
                 self.url, count, sorted(_tags(tags)), there, others, timeout or 0.0, more
             ) from None
@@ -395,11 +406,14 @@ class HubClient:
         there = self._own.get(id)
         if there is not None and not there.closed:
             return there
+        self._own = {name: each for name, each in self._own.items() if not each.closed}
         try:
             worker = await self.worker(id, token=token)
-        except NodeUnavailable:
+        except NodeUnavailable as lost:
+            self._absent[id] = lost.reason
             return None
         self._own[id] = worker
+        self._absent.pop(id, None)
         return worker
 
 

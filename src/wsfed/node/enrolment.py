@@ -81,9 +81,11 @@ class Enrolment:
             self._fail(EnrolmentRefused(self.url, "broken", f"{type(error).__name__}: {error}"))
 
     async def _keep_enrolled(self) -> None:
+        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as sessions:
             attempt = 0
             while self.error is None:
+                begun = loop.time()
                 try:
                     await self._stay(sessions)
                 except WireLost as lost:
@@ -92,7 +94,8 @@ class Enrolment:
                 except (AuthenticationFailed, EnrolmentRefused, RemoteProtocolError) as error:
                     self._fail(error)
                     return
-                if self._was_enrolled():
+                self.enrolled.clear()
+                if loop.time() - begun > _BACK_OFF[1]:  # it was there, and not only for a moment
                     attempt = 0
                 longest = min(_BACK_OFF[1], _BACK_OFF[0] * 2 ** min(attempt, 16))
                 await asyncio.sleep(random.uniform(0, longest))
@@ -101,11 +104,6 @@ class Enrolment:
     @property
     def _name(self) -> str:
         return self._announced.node
-
-    def _was_enrolled(self) -> bool:
-        was = self.enrolled.is_set()
-        self.enrolled.clear()
-        return was
 
     def _fail(self, error: WsfedError) -> None:
         self.error = error

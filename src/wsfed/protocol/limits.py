@@ -18,6 +18,7 @@ __all__ = [
     "HEARTBEAT_SECONDS",
     "INLINE_BYTES",
     "MAX_CALLS",
+    "MAX_CALLS_OF_NODE",
     "MAX_CAPABILITIES",
     "MAX_CONSTANT_BYTES",
     "MAX_DEPTH",
@@ -154,6 +155,9 @@ MAX_NODES = 10_000
 
 #: Clients that wait at a hub for a node to dial back, all together.
 MAX_CALLS = 1024
+
+#: Clients that wait for the same one, so that a node that does not answer leaves room for others.
+MAX_CALLS_OF_NODE = 64
 
 #: Clients that are told by a hub who comes and goes.
 MAX_WATCHERS = 1024

@@ -191,6 +191,8 @@ class Hub:
         member = self.registry.find(name)
         if len(self._calls) >= limits.MAX_CALLS:
             raise Refusal("busy", "too many clients wait for their nodes")
+        if member.waiting >= limits.MAX_CALLS_OF_NODE:
+            raise Refusal("busy", f"too many clients wait for node {name!r}")
         call = _Call(member, asyncio.get_running_loop().create_future())
         try:
             far = await self._ring(call)
@@ -205,6 +207,7 @@ class Hub:
         name = call.member.name
         ticket = secrets.token_bytes(_TICKET_BYTES)
         self._calls[ticket] = call
+        call.member.waiting += 1
         try:
             async with asyncio.timeout(limits.DIAL_BACK_SECONDS):
                 await call.member.line.say(m.Ring(ticket))
@@ -217,6 +220,7 @@ class Hub:
                 f"node {name!r} did not dial back within {limits.DIAL_BACK_SECONDS:g} s",
             ) from None
         finally:
+            call.member.waiting -= 1
             self._calls.pop(ticket, None)
 
     async def _watch(self, line: Line) -> None:

@@ -55,6 +55,8 @@ class Member:
     #: Seconds since 1970.
     since: int
     traffic: Traffic = field(default_factory=Traffic)
+    #: Clients that wait for it to dial back.
+    waiting: int = 0
 
     @property
     def name(self) -> str:

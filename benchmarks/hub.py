@@ -1,6 +1,6 @@
 """What a hub costs: to start, to hold idle nodes, and to relay.
 
-    python -m benchmarks.hub                     all of it, about a minute
+    python -m benchmarks.hub                     all of it, about two minutes
     python -m benchmarks.hub --nodes 1000        how many idle nodes (5000)
     python -m benchmarks.hub --quick             fewer repetitions
 
@@ -26,6 +26,7 @@ import wsfed
 from benchmarks import ours
 from benchmarks.cost import memory_of
 from benchmarks.machine import machine
+from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.testing import hub_process, worker_process
 from wsfed.transport.line import Line, open_line
@@ -59,9 +60,24 @@ async def idle_nodes(counts: Sequence[int]) -> dict[str, Any]:
                     "ms of CPU to enrol one": (cpu_of(process) - spent) / joined * 1e3,
                     "seconds until all were there": time.perf_counter() - begun,
                 }
+            found["CPU of a core for their signs of life, %"] = await _signs_of_life(lines, process)
         finally:
             await asyncio.gather(*(line.wire.close() for line in lines))
     return found
+
+
+async def _signs_of_life(lines: Sequence[Line], process: int) -> float:
+    """What the hub works while nodes only show that they live, each once a heartbeat."""
+    staying = [asyncio.ensure_future(line.hear()) for line in lines]
+    try:
+        await asyncio.sleep(limits.HEARTBEAT_SECONDS)
+        spent, begun = cpu_of(process), time.perf_counter()
+        await asyncio.sleep(limits.HEARTBEAT_SECONDS)
+        return (cpu_of(process) - spent) / (time.perf_counter() - begun) * 100
+    finally:
+        for each in staying:
+            each.cancel()
+        await asyncio.gather(*staying, return_exceptions=True)
 
 
 async def _enrol(url: str, lines: list[Line], count: int) -> None:

@@ -150,7 +150,7 @@ MAX_NAME = 128
 #: Capabilities that a node announces: kernel families of a portable worker, with room to grow.
 MAX_CAPABILITIES = 128
 
-#: Nodes that a hub keeps: about 15 KiB each while they are idle.
+#: Nodes that a hub keeps: about 20 KiB each while they are idle.
 MAX_NODES = 10_000
 
 #: Clients that wait at a hub for a node to dial back, all together.

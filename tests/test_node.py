@@ -18,6 +18,7 @@ from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Buffer, decode, encode, pack
 from wsfed.tensors import outgoing
+from wsfed.worker.session import Done, Event
 
 
 @pytest.fixture
@@ -209,6 +210,26 @@ async def test_shutting_down_says_goodbye(node: wsfed.Node) -> None:
         while True:
             await pointer.get()
     await worker.close()
+
+
+async def test_a_worker_that_breaks_tells_and_does_not_leave_its_client_waiting(
+    node: wsfed.Node, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with wsfed.connect(url) as bob:
+        await bob.flush()
+        (hosted,) = node._sessions.values()
+        sound = hosted.handle
+
+        def broken(event: Event) -> None:
+            if isinstance(event, Done):
+                raise KeyError("a bug")
+            sound(event)
+
+        monkeypatch.setattr(hosted, "handle", broken)
+        with pytest.raises(wsfed.WsfedError, match="the worker failed; its log says how"):
+            await bob.send(torch.ones(3)).sum()
+    assert "a session cannot go on" in caplog.text
+    assert not node._sessions
 
 
 async def test_cancelled_commands_do_not_run(url: str) -> None:

@@ -154,5 +154,8 @@ async def test_processes_add_up(
         )
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
-    notes = json.loads((tmp_path / "alice.log").read_text())
-    assert [entry[0] for entry in notes.values()] == [2]
+    notes = [json.loads(each) for each in (tmp_path / "alice.log").read_text().splitlines()]
+    assert [entry[0] for entry in notes[1:]] == [
+        *("mask", "cohort", "sum", "last"),
+        *("mask", "sum", "last"),
+    ]

@@ -22,7 +22,7 @@ from wsfed.federated.broadcast import Broadcast
 from wsfed.federated.compression import Cast
 from wsfed.federated.network import Network, Setup
 from wsfed.federated.recipe import Criterion, Recipe
-from wsfed.federated.replica import state_of
+from wsfed.federated.state import state_of
 from wsfed.tensors import hash_of
 
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -24,7 +24,7 @@ from wsfed.federated import Cast, Compression, Quantise, TopK
 from wsfed.federated.compression import Scheme, compression_of
 from wsfed.federated.network import Network, Setup
 from wsfed.federated.recipe import Criterion, Recipe
-from wsfed.federated.replica import state_of
+from wsfed.federated.state import state_of
 from wsfed.privacy.roster import Roster, new_key, public_key
 
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -18,11 +18,14 @@ from torch.nn import functional as F
 import wsfed
 from tests.federated.rows import points
 from wsfed import federated
-from wsfed.errors import RemoteError
+from wsfed.errors import GetNotPermitted, RemoteError
 from wsfed.federated.contribution import Contributor
+from wsfed.privacy.cohorts import CohortPolicy
 from wsfed.privacy.journal import Journal
 from wsfed.privacy.roster import Membership, Roster, new_key, public_key
+from wsfed.privacy.secagg import pack, unpack_table
 from wsfed.protocol import messages as m
+from wsfed.worker.strict import Ledger, Releases
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NAMES = ("alice", "bob", "carol", "dave", "erin")
@@ -32,10 +35,14 @@ ROSTER = Roster("clinics", 1, PUBLIC, bound=5.0)
 
 
 def member(
-    name: str, rows: int = 48, roster: Roster = ROSTER, journal: Journal | None = None
+    name: str,
+    rows: int = 48,
+    roster: Roster = ROSTER,
+    journal: Journal | None = None,
+    **more: Any,
 ) -> wsfed.VirtualWorker:
     data = wsfed.Dataset("points", points(rows, NAMES.index(name)))
-    membership = Membership(name, KEYS[name], roster, journal or Journal())
+    membership = Membership(name, KEYS[name], roster, journal or Journal(), **more)
     return wsfed.VirtualWorker(name, datasets=[data], membership=membership)
 
 
@@ -48,8 +55,8 @@ async def members() -> AsyncIterator[list[wsfed.Worker]]:
         ]
 
 
-def network() -> nn.Module:
-    torch.manual_seed(3)
+def network(seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
@@ -74,6 +81,26 @@ async def test_training_is_the_same(
     if not strategy.wants_gradients:
         assert torch.allclose(plain[1].running_mean, secure[1].running_mean, rtol=0, atol=1e-6)
     assert all(site.outcome == "used" for each in history for site in each.sites)
+
+
+async def test_strict_members_add_up_and_release_nothing_else() -> None:
+    plain, secure = network(), network()
+    async with AsyncExitStack() as stack:
+        workers, free = [], []
+        for name in NAMES:
+            data = [wsfed.Dataset("points", points(40, NAMES.index(name)))]
+            membership = Membership(name, KEYS[name], ROSTER, Journal())
+            strict = wsfed.VirtualWorker(
+                name, datasets=data, membership=membership, ledger=Ledger(Releases())
+            )
+            workers.append(await stack.enter_async_context(strict))
+            free.append(await stack.enter_async_context(wsfed.VirtualWorker(name, datasets=data)))
+        await fit(plain, free)
+        await fit(secure, workers, privacy=federated.SecAgg(ROSTER))
+        with pytest.raises(GetNotPermitted):
+            await (await workers[0].dataset("points")).batch(40, 0)[0].sum()
+    for one, other in zip(plain.parameters(), secure.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=2e-6)
 
 
 async def test_a_large_change_is_clipped_to_the_bound(members: list[wsfed.Worker]) -> None:
@@ -107,22 +134,46 @@ async def test_members_add_the_noise_of_the_roster() -> None:
 async def test_a_member_that_is_lost_is_left_out(
     members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each of the five steps one member is lost."""
-    for step in range(5):
-        lost = {"bob": step}
-        _lose(monkeypatch, lost)
-        model = network()
-        history = await fit(model, members, rounds=1, privacy=federated.SecAgg(ROSTER))
+    """At each of the six steps one member is lost."""
+    for step in range(6):
+        _lose(monkeypatch, {"bob": step})
+        history = await fit(network(step), members, rounds=1, privacy=federated.SecAgg(ROSTER))
         outcomes = {site.site: site.outcome for site in history[0].sites}
         used = {name for name, outcome in outcomes.items() if outcome == "used"}
-        assert used == set(NAMES) - ({"bob"} if step < 3 else set()), step
-        assert (step >= 3) or "power cut" in outcomes["bob"]
+        assert used == set(NAMES) - ({"bob"} if step < 4 else set()), step
+        assert (step >= 4) or "power cut" in outcomes["bob"]
+
+
+async def test_a_member_that_seals_rubbish_is_dropped_and_named(
+    members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One other cannot open what it has sealed; the others go on without it."""
+    from wsfed.federated.site import Site
+
+    contributor = _CONTRIBUTOR
+    bob = ROSTER.order.index("bob") + 1
+
+    def meddling(site: Site, strategy: Any) -> Contributor:
+        whole = contributor(site, strategy)
+
+        async def ask(step: int, told: bytes) -> torch.Tensor:
+            if step == 2 and whole.name == "alice":
+                told = pack({**unpack_table(told), bob: bytes(82)})
+            return await whole.ask(step, told)
+
+        return Contributor(whole.name, whole.rows, ask)
+
+    monkeypatch.setattr(Site, "contributor", meddling)
+    history = await fit(network(), members, rounds=1, privacy=federated.SecAgg(ROSTER))
+    outcomes = {site.site: site.outcome for site in history[0].sites}
+    assert "shares between it and alice cannot be opened" in outcomes.pop("bob")
+    assert set(outcomes.values()) == {"used"}
 
 
 async def test_too_few_members_come_to_no_sum(
     members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _lose(monkeypatch, {"bob": 2, "dave": 2})
+    _lose(monkeypatch, {"bob": 3, "dave": 3})
     model, before = network(), network()
     with pytest.raises(wsfed.SecAggAborted, match=r"3 members have sent.*power cut") as caught:
         await fit(model, members, privacy=federated.SecAgg(ROSTER, attempts=1))
@@ -135,7 +186,7 @@ async def test_too_few_members_come_to_no_sum(
 async def test_another_attempt_is_made_with_those_that_are_left(
     members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _lose(monkeypatch, {"bob": 2, "dave": 2})
+    _lose(monkeypatch, {"bob": 3, "dave": 3})
     history = await fit(network(), members, rounds=1, privacy=federated.SecAgg(ROSTER))
     outcomes = {site.site: site.outcome for site in history[0].sites}
     assert {n for n, outcome in outcomes.items() if outcome == "used"} == {"alice", "carol", "erin"}
@@ -193,14 +244,14 @@ async def test_what_the_collector_gets_tells_nothing_of_one_member(
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(4, 2000), nn.ReLU(), nn.Linear(2000, 2))
     await fit(wide, members, rounds=1, privacy=federated.SecAgg(ROSTER))
-    vectors = [made.numpy().view(np.uint8) for step, made in seen if step == 2]
+    vectors = [made.numpy().view(np.uint8) for step, made in seen if step == 3]
     assert len(vectors) == 5
     assert not fetched
     for vector in vectors:
         counts = np.bincount(vector, minlength=256)
         square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
         assert square < 255 + 7 * (2 * 255) ** 0.5  # chi-square of 255 degrees, 7 deviations
-    assert all(len(made) < 1000 for step, made in seen if step != 2)
+    assert all(len(made) < 1000 for step, made in seen if step != 3)
 
 
 # --- what a worker refuses ------------------------------------------------------------------------
@@ -228,7 +279,7 @@ async def test_a_worker_without_a_roster_takes_no_part() -> None:
             await _ask(alice, 0)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 async def test_no_step_is_taken_before_a_round_begins(step: int) -> None:
     async with member("alice") as alice:
         with pytest.raises(RemoteError, match="no round"):
@@ -287,6 +338,64 @@ async def test_a_worker_that_was_restarted_takes_no_second_part(tmp_path: Path) 
         assert outcomes["bob"] == "used"
 
 
+async def test_no_more_rounds_begin_than_the_roster_allows(tmp_path: Path) -> None:
+    """Of any session, before or after a restart."""
+    roster = Roster("clinics", 5, PUBLIC, bound=5.0, round_rate=3)
+    for rounds, allowed in ((2, True), (2, False)):
+        async with AsyncExitStack() as stack:
+            workers = [member(name, 48, roster, await _journal(tmp_path / name)) for name in NAMES]
+            for worker in workers:
+                await stack.enter_async_context(worker)
+            train = fit(network(), workers, rounds=rounds, privacy=federated.SecAgg(roster))
+            if allowed:
+                assert len(await train) == 2
+            else:
+                with pytest.raises(wsfed.SecAggAborted, match="3 rounds in 86400 s") as caught:
+                    await train
+                assert len(caught.value.history) == 1
+
+
+async def _journal(path: Path) -> Journal:
+    return await asyncio.to_thread(Journal, path)
+
+
+async def test_a_worker_that_stays_lost_does_not_end_the_training(
+    members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    privacy = federated.SecAgg(ROSTER)
+    await fit(network(), members, rounds=2, privacy=privacy)
+    _lose(monkeypatch, {"erin": 0})
+    history = await fit(network(4), members, rounds=3, privacy=privacy)
+    for each in history:
+        outcomes = {site.site: site.outcome for site in each.sites}
+        assert "power cut" in outcomes.pop("erin")
+        assert outcomes == dict.fromkeys(NAMES[:4], "used")
+
+
+async def test_the_same_model_is_not_added_up_again_without_one_member(
+    members: list[wsfed.Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the session: the difference of both means would be one member's change."""
+    privacy = federated.SecAgg(ROSTER)
+    for _ in range(2):  # with the same members it is
+        await fit(network(), members, rounds=1, privacy=privacy)
+    _lose(monkeypatch, {"erin": 0})
+    with pytest.raises(wsfed.SecAggAborted, match=r"same model differ by 1 members \('erin'\)"):
+        await fit(network(), members, rounds=1, privacy=privacy)
+
+
+async def test_a_strict_owner_lets_no_worker_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(member(name, cohorts=CohortPolicy(moves=0)))
+            for name in NAMES
+        ]
+        await fit(network(), workers, rounds=1, privacy=federated.SecAgg(ROSTER))
+        _lose(monkeypatch, {"erin": 0})
+        with pytest.raises(wsfed.SecAggAborted, match="signs the next epoch"):
+            await fit(network(4), workers, rounds=1, privacy=federated.SecAgg(ROSTER))
+
+
 async def _with_session(session: bytes, workers: Sequence[wsfed.Worker]) -> federated.History:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("wsfed.federated.secure.secrets.token_bytes", lambda count: session)
@@ -325,16 +434,3 @@ async def test_a_worker_that_is_no_member_is_told(members: list[wsfed.Worker]) -
 def test_settings_out_of_range_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="out of range"):
         federated.SecAgg(ROSTER, **more)
-
-
-# --- the journal ----------------------------------------------------------------------------------
-
-
-def test_a_journal_outlives_its_process(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.json")
-    assert journal.last(b"x" * 16) == (0, -1)
-    journal.write(b"x" * 16, 3, 1)
-    assert Journal(tmp_path / "journal.json").last(b"x" * 16) == (3, 1)
-    (tmp_path / "journal.json").write_text("[1]")
-    with pytest.raises(ValueError, match="no journal"):
-        Journal(tmp_path / "journal.json")

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from wsfed.privacy.masks import Vector
 from wsfed.privacy.roster import Roster, public_key
-from wsfed.privacy.secagg import Collector, Member, Numbers, least_threshold
+from wsfed.privacy.secagg import Collector, Member, Numbers, least_threshold, pack
 
 SESSION = bytes(range(16))
 #: No attempt at a round comes after it.
@@ -86,8 +86,9 @@ class Round:
         gone: members that take no further part.
         heard: what the collector was told: step, member, receiver and the bytes.
         said: what it told the members, by step; what a test changes here reaches them.
-        masked: what each member sent in round 2.
-        given: what each member gave away in round 4.
+        dropped: whose shares could not be opened, and why they are not in U2.
+        masked: what each member sent in round 3.
+        given: what each member gave away in round 5.
         remember: of member 1.
     """
 
@@ -98,6 +99,7 @@ class Round:
     heard: list[tuple[int, int, int, bytes]] = field(default_factory=list)
     said: dict[int, Any] = field(default_factory=dict)
     members: dict[int, Member] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
     masked: dict[int, Vector] = field(default_factory=dict)
     given: dict[int, dict[int, bytes]] = field(default_factory=dict)
     remember: Callable[[int, int], None] = forget
@@ -129,34 +131,42 @@ class Round:
         self.said[2] = self.collector.shares_for()
         return dict(self.said[2])
 
+    def open(self) -> list[int]:
+        for u, member in self.there.items():
+            failed = member.open(dict(self.said[2][u]))
+            self.heard.append((2, u, 0, pack(failed)))
+            self.collector.add_opened(u, failed)
+        self.said[3], self.dropped = self.collector.members_that_mask()
+        self.gone |= set(self.there) - set(self.said[3])
+        return list(self.said[3])
+
     def mask(self) -> list[int]:
         for u, member in self.there.items():
-            sealed = dict(self.said[2][u])
             remember = self.remember if u == 1 else forget
-            self.masked[u] = member.mask(sealed, self.vectors[u].copy(), remember)
-            self.heard.append((2, u, 0, self.masked[u].tobytes()))
+            self.masked[u] = member.mask(list(self.said[3]), self.vectors[u].copy(), remember)
+            self.heard.append((3, u, 0, self.masked[u].tobytes()))
             self.collector.add_masked(u, self.masked[u])
-        self.said[3] = self.collector.members_of_sum()
-        return list(self.said[3])
+        self.said[4] = self.collector.members_of_sum()
+        return list(self.said[4])
 
     def confirm(self) -> dict[int, bytes]:
         for u, member in self.there.items():
-            signature = member.confirm(list(self.said[3]))
-            self.heard.append((3, u, 0, signature))
+            signature = member.confirm(list(self.said[4]))
+            self.heard.append((4, u, 0, signature))
             self.collector.add_signature(u, signature)
-        self.said[4] = self.collector.all_signatures()
-        return dict(self.said[4])
+        self.said[5] = self.collector.all_signatures()
+        return dict(self.said[5])
 
     def unmask(self) -> tuple[Vector, list[str]]:
         for u, member in self.there.items():
-            self.given[u] = member.unmask(dict(self.said[4]))
-            self.heard += [(4, u, v, told) for v, told in self.given[u].items()]
+            self.given[u] = member.unmask(dict(self.said[5]))
+            self.heard += [(5, u, v, told) for v, told in self.given[u].items()]
             self.collector.add_unmasking(u, self.given[u])
         return self.collector.total()
 
     def until(self, step: int) -> Round:
         """All steps before this one."""
-        for take in (self.keys, self.share, self.mask, self.confirm, self.unmask)[:step]:
+        for take in (self.keys, self.share, self.open, self.mask, self.confirm, self.unmask)[:step]:
             take()
         return self
 
@@ -179,10 +189,10 @@ def play(
     """
     numbers = numbers_of(count, length=length)
     one = Round(count, numbers, vectors_of(count, length))
-    for step, take in enumerate((one.keys, one.share, one.mask, one.confirm)):
+    for step, take in enumerate((one.keys, one.share, one.open, one.mask, one.confirm)):
         one.gone |= leave.get(step, set())
         take()
-    one.gone |= leave.get(4, set())
+    one.gone |= leave.get(5, set())
     total, names = one.unmask()
     return total.tolist(), names, one
 
@@ -194,4 +204,5 @@ def holds_nothing(member: Member) -> bool:
         and not member._self_mask
         and not member._shares
         and not member._agreed
+        and not member._pairs
     )

@@ -32,6 +32,7 @@ from wsfed.errors import SecAggAborted
 from wsfed.privacy.journal import Journal
 from wsfed.privacy.masks import Vector, add_mask
 from wsfed.privacy.secagg import (
+    Collector,
     Member,
     _derive,
     _pair_info,
@@ -57,12 +58,13 @@ def _ask(member: Member, step: int, said: dict[int, Any]) -> object:
         case 1:
             return member.share(said.get(1, {}))
         case 2:
-            sealed = said.get(2, {}).get(member._u, {})
-            return member.mask(sealed, np.zeros(5, np.uint32), forget)
+            return member.open(said.get(2, {}).get(member._u, {}))
         case 3:
-            return member.confirm(said.get(3, []))
+            return member.mask(said.get(3, []), np.zeros(5, np.uint32), forget)
+        case 4:
+            return member.confirm(said.get(4, []))
         case _:
-            return member.unmask(said.get(4, {}))
+            return member.unmask(said.get(5, {}))
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def _refused(member: Member, says: str) -> Iterator[pytest.ExceptionInfo[SecAggA
     assert caught.value.round == member.numbers.round
     assert caught.value.reason.startswith(f"{member.name}: ")
     assert holds_nothing(member)
-    for step in range(5):
+    for step in range(6):
         with pytest.raises(SecAggAborted, match="twice, or out of order"):
             _ask(member, step, {})
 
@@ -138,7 +140,7 @@ def test_a_round_is_later_than_the_last_one(
 
 
 @pytest.mark.parametrize(
-    ("done", "asked"), [(done, asked) for done in range(6) for asked in range(5) if done != asked]
+    ("done", "asked"), [(done, asked) for done in range(7) for asked in range(6) if done != asked]
 )
 def test_a_step_twice_or_out_of_order_ends_the_members_part(done: int, asked: int) -> None:
     one = round_of(4, until=done)
@@ -283,45 +285,39 @@ def test_a_sealing_key_of_low_order_is_refused(point: str) -> None:
     assert caught.value.missing == (name_of(2),)
 
 
+# --- round 2: shares -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("point", LOW_ORDER)
-def test_a_masking_key_of_low_order_is_refused(point: str) -> None:
-    one = round_of(4, until=1)
+def test_a_peer_with_a_masking_key_of_low_order_is_dropped(point: str) -> None:
+    one = round_of(5, until=1)
     liar = one.members[2]
     liar._own = one.said[1][2] = _signed(liar, one.said[1][2][:32], bytes.fromhex(point))
     one.share()
-    with _refused(one.members[1], f"the key of {name_of(2)!r} is none"):
-        one.members[1].mask(one.said[2][1], np.zeros(5, np.uint32), forget)
+    assert one.members[1].open(one.said[2][1]) == [2]
 
 
-# --- round 2: shares and the vector --------------------------------------------------------------
-
-
-def _mask(one: Round, sealed: dict[int, bytes], member: int = 1, length: int = 5) -> Vector:
-    return one.members[member].mask(sealed, np.zeros(length, np.uint32), forget)
+def _altered(box: bytes, place: int) -> bytes:
+    return box[:place] + bytes([box[place] ^ 1]) + box[place + 1 :]
 
 
 @pytest.mark.parametrize("place", [0, 40, 66, 81])
-def test_shares_that_cannot_be_opened_are_refused(place: int) -> None:
+def test_a_peer_whose_shares_cannot_be_opened_is_dropped(place: int) -> None:
     one = round_of(4, until=2)
-    box = bytearray(one.said[2][1][3])
-    box[place] ^= 1
-    with _refused(one.members[1], f"what {name_of(3)!r} has sealed .* cannot be opened") as caught:
-        _mask(one, {**one.said[2][1], 3: bytes(box)})
-    assert caught.value.missing == (name_of(3),)
+    box = _altered(one.said[2][1][3], place)
+    assert one.members[1].open({**one.said[2][1], 3: box}) == [3]
 
 
 @pytest.mark.parametrize("size", [0, 15, 81, 83])
-def test_shares_of_another_length_are_refused(size: int) -> None:
+def test_shares_of_another_length_cannot_be_opened(size: int) -> None:
     one = round_of(4, until=2)
-    with _refused(one.members[1], "cannot be opened"):
-        _mask(one, {**one.said[2][1], 3: bytes(size)})
+    assert one.members[1].open({**one.said[2][1], 3: bytes(size)}) == [3]
 
 
 def test_shares_for_or_from_another_member_cannot_be_opened() -> None:
     for box in ((2, 3), (1, 2), (3, 1)):  # for 2 from 3; of its own for 2; for 3 of its own
         one = round_of(4, until=2)
-        with _refused(one.members[1], "cannot be opened"):
-            _mask(one, {**one.said[2][1], 3: one.said[2][box[0]][box[1]]})
+        assert one.members[1].open({**one.said[2][1], 3: one.said[2][box[0]][box[1]]}) == [3]
 
 
 @pytest.mark.parametrize("model", [MODEL, bytes(32)])
@@ -331,25 +327,30 @@ def test_shares_of_a_member_with_another_model_cannot_be_opened(model: bytes) ->
     other = one.members[3]
     other._context = member_of(4, 3, model=model)._context
     box = AESGCM(other._sealing_key(3, 1)).encrypt(bytes(12), bytes(2 * SHARE_BYTES), None)
-    sealed = {**one.said[2][1], 3: box}
-    if model == MODEL:
-        assert len(_mask(one, sealed)) == 5
-    else:
-        with _refused(one.members[1], f"what {name_of(3)!r} has sealed .* cannot be opened"):
-            _mask(one, sealed)
+    failed = one.members[1].open({**one.said[2][1], 3: box})
+    assert failed == ([] if model == MODEL else [3])
+
+
+def test_with_too_few_whose_shares_can_be_opened_it_gives_up_and_names_them() -> None:
+    one = round_of(4, until=2)
+    boxes = {v: _altered(box, 9) if v in (2, 3) else box for v, box in one.said[2][1].items()}
+    says = rf"2 members are left without {name_of(2)}, {name_of(3)}, .* and 3 are needed"
+    with _refused(one.members[1], says) as caught:
+        one.members[1].open(boxes)
+    assert caught.value.missing == (name_of(2), name_of(3))
 
 
 @pytest.mark.parametrize("others", [{2}, set()])
 def test_too_few_shares_are_refused(others: set[int]) -> None:
     one = round_of(4, until=2)
-    with _refused(one.members[1], "members have shared their secrets, and 3 are needed"):
-        _mask(one, {u: one.said[2][1][u] for u in others})
+    with _refused(one.members[1], "members are left, and 3 are needed"):
+        one.members[1].open({u: one.said[2][1][u] for u in others})
 
 
 def test_shares_of_who_has_said_no_keys_are_refused() -> None:
     one = Round(5, numbers_of(5), vectors_of(5), gone={5}).until(2)
     with _refused(one.members[1], "shares of who has said no keys, or of itself"):
-        _mask(one, {**one.said[2][1], 5: one.said[2][1][2]})
+        one.members[1].open({**one.said[2][1], 5: one.said[2][1][2]})
 
 
 def test_shares_of_itself_are_refused() -> None:
@@ -358,31 +359,72 @@ def test_shares_of_itself_are_refused() -> None:
         sealed = {u: box for u, box in one.said[2][1].items() if u != 2}
         fresh = round_of(5, until=2)
         with _refused(fresh.members[1], "shares of who has said no keys, or of itself"):
-            _mask(fresh, {**sealed, 1: own})
+            fresh.members[1].open({**sealed, 1: own})
+
+
+def test_so_many_others_stay_that_one_of_them_is_honest_and_signs() -> None:
+    """Of ten with up to four colluders and t = 7: eight, else the honest ones could be parted.
+
+    Two groups, each of which is told that the other's shares cannot be opened, would have a sum
+    each that the collector could tell.
+    """
+    roster = roster_of(10, min_members=6, max_colluders=4)
+    members = {u: member_of(10, u, roster=roster) for u in range(1, 11)}
+    one = Round(10, numbers_of(10), vectors_of(10), members=members)
+    one.collector = Collector(roster, one.numbers, MODEL)
+    one.until(2)
+    few = {v: box for v, box in one.said[2][1].items() if v < 8}
+    with _refused(one.members[1], "7 members are left, and 8 are needed"):
+        one.members[1].open(few)
+    assert one.members[2].open({v: box for v, box in one.said[2][2].items() if v < 9}) == []
+    with _refused(one.members[2], "7 members are left, and 8 are needed"):
+        _mask(one, list(range(1, 8)), 2)
+
+
+# --- round 3: the vector -------------------------------------------------------------------------
+
+
+def _mask(one: Round, u2: list[int], member: int = 1, length: int = 5) -> Vector:
+    return one.members[member].mask(u2, np.zeros(length, np.uint32), forget)
+
+
+@pytest.mark.parametrize("u2", [[2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4, 6], [1, 1, 2, 3, 4], []])
+def test_masks_are_agreed_with_those_only_whose_shares_it_has(u2: list[int]) -> None:
+    """Not with 5, who was dropped, nor with nobody, nor twice, nor without itself."""
+    one = round_of(5, until=2)
+    one.members[1].open({**one.said[2][1], 5: bytes(82)})
+    with _refused(one.members[1], "go on with others than it has shares of"):
+        _mask(one, u2)
+
+
+def test_with_too_few_it_does_not_go_on() -> None:
+    one = round_of(5, until=3)
+    with _refused(one.members[1], "3 members are left, and 4 are needed"):
+        _mask(one, [1, 2, 3])
 
 
 @pytest.mark.parametrize("length", [0, 4, 6])
 def test_a_vector_of_another_length_is_refused(length: int) -> None:
-    one = round_of(4, until=2)
+    one = round_of(4, until=3)
     with _refused(one.members[1], f"{length} elements of uint32, where 5 elements"):
-        _mask(one, one.said[2][1], length=length)
+        _mask(one, one.said[3], length=length)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint64])
 def test_a_vector_that_is_not_of_the_ring_is_refused(dtype: type) -> None:
-    one = round_of(4, until=2)
+    one = round_of(4, until=3)
     with pytest.raises((SecAggAborted, TypeError, ValueError)):
-        one.members[1].mask(one.said[2][1], np.zeros(5, dtype), forget)
+        one.members[1].mask(one.said[3], np.zeros(5, dtype), forget)
 
 
 def test_a_member_remembers_the_round_before_it_gives_a_vector_away() -> None:
-    one = round_of(4, until=2)
+    one = round_of(4, until=3)
     vector, seen = vectors_of(4)[1], []
 
     def remember(number: int, attempt: int) -> None:
         seen.append((number, attempt, vector.tolist()))
 
-    masked = one.members[1].mask(one.said[2][1], vector, remember)
+    masked = one.members[1].mask(one.said[3], vector, remember)
     assert seen == [(1, 0, vectors_of(4)[1].tolist())]  # before anything was made
     assert masked is vector and masked.tolist() != seen[0][2]
 
@@ -392,30 +434,30 @@ def _fail(_: int, __: int) -> None:
 
 
 def test_nothing_is_given_away_that_could_not_be_remembered() -> None:
-    one = round_of(4, until=2)
+    one = round_of(4, until=3)
     vector = vectors_of(4)[1]
     with pytest.raises(OSError, match="disk is full"):
-        one.members[1].mask(one.said[2][1], vector, _fail)
+        one.members[1].mask(one.said[3], vector, _fail)
     with pytest.raises(SecAggAborted):
-        _mask(one, one.said[2][1])
-    one = Round(4, numbers_of(4), vectors_of(4)).until(4)
+        _mask(one, one.said[3])
+    one = Round(4, numbers_of(4), vectors_of(4)).until(5)
     one.members[1]._remember = _fail
     with pytest.raises(OSError, match="disk is full"):
-        one.members[1].unmask(one.said[4])
+        one.members[1].unmask(one.said[5])
     with _refused(one.members[1], "twice, or out of order"):
-        one.members[1].unmask(one.said[4])
+        one.members[1].unmask(one.said[5])
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [3, 5])
 def test_a_member_that_could_not_remember_holds_no_secrets(step: int) -> None:
     one = round_of(4, until=step)
     member = one.members[1]
     with pytest.raises(OSError, match="disk is full"):
-        if step == 2:
-            member.mask(one.said[2][1], vectors_of(4)[1], _fail)
+        if step == 3:
+            member.mask(one.said[3], vectors_of(4)[1], _fail)
         else:
             member._remember = _fail
-            member.unmask(one.said[4])
+            member.unmask(one.said[5])
     assert holds_nothing(member)
 
 
@@ -423,14 +465,14 @@ def test_a_round_is_remembered_as_final_before_shares_are_given() -> None:
     seen: list[tuple[int, int]] = []
     one = Round(4, numbers_of(4, round=7, attempt=2), vectors_of(4))
     one.remember = lambda number, attempt: seen.append((number, attempt))
-    one.until(4)
+    one.until(5)
     assert seen == [(7, 2)]
     one.unmask()
     assert seen == [(7, 2), (7, LAST_ATTEMPT)]
 
 
 def test_a_member_that_was_restarted_does_not_take_part_again(tmp_path: Path) -> None:
-    one = round_of(4, until=2)
+    one = round_of(4, until=3)
     journal = Journal(tmp_path / "journal")
     one.remember = lambda number, attempt: journal.write(SESSION, number, attempt)
     one.mask()
@@ -452,7 +494,7 @@ def test_one_of_two_parts_in_a_round_at_once_gives_nothing(second: tuple[int, in
     rounds = [round_of(4), round_of(4, round=second[0], attempt=second[1])]
     for one in rounds:
         one.remember = lambda number, attempt: journal.write(SESSION, number, attempt)
-        one.until(2)
+        one.until(3)
     one, other = rounds
     one.mask()
     one.confirm()
@@ -471,7 +513,7 @@ def test_an_earlier_round_is_not_remembered_over_a_later_one() -> None:
     assert journal.last(SESSION) == (2, LAST_ATTEMPT)
 
 
-# --- round 3: who is in the sum ------------------------------------------------------------------
+# --- round 4: who is in the sum ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -492,16 +534,17 @@ def test_a_sum_of_others_is_not_signed(u3: list[int], says: str) -> None:
     one = Round(5, numbers_of(5), vectors_of(5)).until(1)
     one.gone = {5}
     one.share()
+    one.open()
     one.mask()
     with _refused(one.members[1], says):
         one.members[1].confirm(u3)
 
 
-# --- round 4: one kind of share for each, once ---------------------------------------------------
+# --- round 5: one kind of share for each, once ---------------------------------------------------
 
 
 def test_a_member_gives_one_share_for_each_other_and_never_both() -> None:
-    one = Round(10, numbers_of(10), vectors_of(10)).until(2)
+    one = Round(10, numbers_of(10), vectors_of(10)).until(3)
     self_masks = {u: member._self_mask for u, member in one.members.items()}
     keys = {u: m._masking.private_bytes_raw() for u, m in one.members.items() if m._masking}
     one.gone = {4, 9}
@@ -516,35 +559,35 @@ def test_a_member_gives_one_share_for_each_other_and_never_both() -> None:
 
 
 def test_shares_are_given_once() -> None:
-    one = round_of(4, until=5)
+    one = round_of(4, until=6)
     with _refused(one.members[1], "twice, or out of order"):
-        one.members[1].unmask(one.said[4])
+        one.members[1].unmask(one.said[5])
 
 
 @pytest.mark.parametrize("left", [{1, 2}, set()])
 def test_too_few_signatures_are_refused(left: set[int]) -> None:
-    one = round_of(4, until=4)
-    signatures = {u: told for u, told in one.said[4].items() if u in left}
+    one = round_of(4, until=5)
+    signatures = {u: told for u, told in one.said[5].items() if u in left}
     with _refused(one.members[1], "have signed that the sum is of the same members, and 3 are"):
         one.members[1].unmask(signatures)
 
 
 def test_signatures_that_are_not_the_members_do_not_count() -> None:
-    one = Round(5, numbers_of(5), vectors_of(5)).until(4)  # four are needed
-    own, good = one.members[1], one.said[4]
-    other = Round(5, numbers_of(5, round=2), vectors_of(5)).until(4).said[4]
+    one = Round(5, numbers_of(5), vectors_of(5)).until(5)  # four are needed
+    own, good = one.members[1], one.said[5]
+    other = Round(5, numbers_of(5, round=2), vectors_of(5)).until(5).said[5]
     forged = {1: good[1], 2: good[3], 3: bytes(64), 4: other[4], 5: good[5], 0: good[2], 9: b""}
     with _refused(own, "2 members have signed"):
         own.unmask(forged)
 
 
 def test_signatures_of_who_is_not_in_the_sum_do_not_count() -> None:
-    one = Round(6, numbers_of(6), vectors_of(6)).until(2)  # five are needed
+    one = Round(6, numbers_of(6), vectors_of(6)).until(3)  # five are needed
     one.gone = {6}
     one.mask()
     one.confirm()
-    stray = one.members[6].key.sign(one.members[1]._signed_sum(one.said[3]))
-    signatures = {u: told for u, told in one.said[4].items() if u != 5} | {6: stray}
+    stray = one.members[6].key.sign(one.members[1]._signed_sum(one.said[4]))
+    signatures = {u: told for u, told in one.said[5].items() if u != 5} | {6: stray}
     with _refused(one.members[1], "4 members have signed"):
         one.members[1].unmask(signatures)
 
@@ -552,7 +595,7 @@ def test_signatures_of_who_is_not_in_the_sum_do_not_count() -> None:
 @pytest.mark.parametrize("first", [5, 6])
 def test_members_that_were_told_different_sums_give_no_shares(first: int) -> None:
     """The attack: shares of one member's self-mask from some, and of its key from the others."""
-    one = round_of(10, until=3)
+    one = round_of(10, until=4)
     told = {u: range(1, 10) if u <= first else range(2, 11) for u in range(2, 10)}
     told |= {1: range(1, 10), 10: range(2, 11)}
     signatures = {u: member.confirm(told[u]) for u, member in one.members.items()}
@@ -562,7 +605,7 @@ def test_members_that_were_told_different_sums_give_no_shares(first: int) -> Non
 
 
 def test_the_few_that_were_told_another_sum_than_the_most_give_no_shares() -> None:
-    one = round_of(10, until=3)
+    one = round_of(10, until=4)
     told = {u: range(1, 10) if u <= 7 else range(2, 11) for u in range(1, 11)}
     signatures = {u: member.confirm(told[u]) for u, member in one.members.items()}
     for u, member in one.members.items():
@@ -575,7 +618,7 @@ def test_the_few_that_were_told_another_sum_than_the_most_give_no_shares() -> No
 
 def test_a_vector_that_comes_late_stays_covered() -> None:
     """Who adds up has the shares of its key, and still not of its self-mask."""
-    one = Round(4, numbers_of(4), vectors_of(4)).until(2)
+    one = Round(4, numbers_of(4), vectors_of(4)).until(3)
     late = one.members[4]
     self_mask = late._self_mask
     one.gone = {4}
@@ -583,7 +626,7 @@ def test_a_vector_that_comes_late_stays_covered() -> None:
     one.confirm()
     total, _ = one.unmask()
     assert total.tolist() == sum_of(one.vectors, {1, 2, 3})
-    arrived = late.mask(one.said[2][4], one.vectors[4].copy(), forget)
+    arrived = late.mask(one.said[3], one.vectors[4].copy(), forget)
     # All that who adds up can take away: the pairwise masks.
     key = X25519PrivateKey.from_private_bytes(restore({u: [t[4]] for u, t in one.given.items()})[0])
     for u in (1, 2, 3):

@@ -59,6 +59,9 @@ def test_the_owner_has_signed_the_roster() -> None:
         {"bound": 1.5},
         {"max_weight": 999_999},
         {"noise": 0.1},
+        {"round_rate": 2},
+        {"rate_seconds": 60},
+        {"arch_hash": "0" * 64},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 
 import wsfed
-from wsfed.ops.table import OPS, lookup
+from wsfed.ops.table import OPS, Op, lookup
+from wsfed.worker import sizes
 from wsfed.worker.sizes import ResultSizes
 
 GIB = 2**30
@@ -33,9 +37,9 @@ GIB = 2**30
 def test_the_size_of_a_result_is_known_before(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
 ) -> None:
-    sizes = ResultSizes()
+    known = ResultSizes()
     for _ in range(2):
-        assert sizes.of(OPS[name], args, kwargs) == size
+        assert known.of(OPS[name], args, kwargs) == size
 
 
 async def test_a_few_bytes_cannot_ask_for_gigabytes() -> None:
@@ -64,6 +68,84 @@ async def test_a_few_bytes_cannot_ask_for_gigabytes() -> None:
 def test_values_that_tell_a_size_are_asked(name: str, args: tuple[Any, ...], nbytes: int) -> None:
     assert ResultSizes().of(lookup(name), args, {}) == nbytes
     assert lookup(name).call(*args).nbytes == nbytes
+
+
+#: Calls of functions whose sizes are told by shapes, as torch's modules make them.
+_CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(784, 1000), (512, 784)),
+    "conv1d": (lambda: nn.Conv1d(8, 600, 5, stride=2, padding=3), (64, 8, 500)),
+    "conv2d": (
+        lambda: nn.Conv2d(4, 100, (3, 2), dilation=2, groups=2, bias=False),
+        (32, 4, 60, 50),
+    ),
+    "conv2d, same": (lambda: nn.Conv2d(4, 100, 5, padding="same"), (32, 4, 60, 50)),
+    "conv2d, one": (lambda: nn.Conv2d(4, 100, 5, padding="valid"), (4, 300, 250)),
+    "conv3d": (lambda: nn.Conv3d(2, 30, 3, padding=(1, 0, 2)), (8, 2, 20, 30, 20)),
+    "batch_norm": (lambda: nn.BatchNorm2d(40), (32, 40, 60, 50)),
+    "group_norm": (lambda: nn.GroupNorm(2, 40), (32, 40, 60, 50)),
+    "instance_norm": (lambda: nn.InstanceNorm2d(40), (32, 40, 60, 50)),
+    "layer_norm": (lambda: nn.LayerNorm(50), (32, 40, 60, 50)),
+    "rms_norm": (lambda: nn.RMSNorm(50), (32, 40, 60, 50)),
+    "lstm": (lambda: nn.LSTM(64, 96, 2, bidirectional=True), (200, 32, 64)),
+    "gru": (lambda: nn.GRU(64, 96, batch_first=True), (64, 200, 64)),
+    "rnn": (lambda: nn.RNN(64, 96), (200, 64, 64)),
+}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes that shapes have told; nothing else may be asked."""
+    made: list[int] = []
+    known = ResultSizes.of
+
+    def of(self: ResultSizes, op: Op, *given: Any) -> int:
+        size = known(self, op, *given)
+        if op.name in sizes._BY_SHAPES:
+            made.append(size)
+        return size
+
+    monkeypatch.setattr(sizes, "_infer", lambda *_: pytest.fail("it was asked"))
+    monkeypatch.setattr(ResultSizes, "of", of)
+    return made
+
+
+@pytest.mark.parametrize("name", _CALLS)
+async def test_what_shapes_tell_is_what_is_made(name: str, told: list[int]) -> None:
+    make, shape = _CALLS[name]
+    async with wsfed.VirtualWorker("bob") as bob:
+        with torch.no_grad():
+            made = bob.send(make())(bob.send(torch.randn(shape)))
+        await bob.flush()
+    leaves = [each for each in pytree.tree_leaves(made) if isinstance(each, wsfed.Pointer)]
+    assert told == [sum(each.numel() * each.element_size() for each in leaves)]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("float64", "float32"), ("int64", "bool")]
+)
+async def test_arithmetic_is_told_by_its_operands(dtypes: tuple[str, str], told: list[int]) -> None:
+    async with wsfed.VirtualWorker("bob") as bob:
+        x, y = (
+            bob.send(torch.ones(shape).to(getattr(torch, dtype)))
+            for shape, dtype in zip(((300, 1, 40), (200, 1)), dtypes, strict=True)
+        )
+        made = [x + y, y * x]
+        if "bool" not in dtypes:
+            made.append(torch.sub(x, y, alpha=2))
+        await bob.flush()
+    assert told == [each.numel() * each.element_size() for each in made]
+
+
+@pytest.mark.parametrize(("more", "heads"), [({}, 4), ({"average_attn_weights": False}, 1)])
+async def test_attention_is_told_with_its_weights(
+    more: dict[str, bool], heads: int, told: list[int]
+) -> None:
+    async with wsfed.VirtualWorker("bob") as bob:
+        x = bob.send(torch.randn(100, 32, 64))
+        with torch.no_grad():
+            output, weights = bob.send(nn.MultiheadAttention(64, 4))(x, x, x, **more)
+        await bob.flush()
+    assert told == [4 * (output.numel() + weights.numel() * heads)]
 
 
 def test_an_ordinary_step_needs_no_meta_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

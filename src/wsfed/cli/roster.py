@@ -56,6 +56,13 @@ def roster(
         float, typer.Option(min=0.0, help="Deviation of the noise in a sum, in units of bound.")
     ] = 0.0,
     max_weight: Annotated[int, typer.Option(min=1, help="Rows count up to so many.")] = 1_000_000,
+    round_rate: Annotated[
+        int, typer.Option(min=1, help="Rounds that a member takes part in, at most, in ...")
+    ] = 1_000,
+    rate_seconds: Annotated[int, typer.Option(min=1, help="... so many seconds.")] = 86_400,
+    arch_hash: Annotated[
+        str, typer.Option(metavar="HASH", help="Structure of the model; default: any.")
+    ] = "",
 ) -> None:
     """Sign who may add up with whom, and the numbers below which nobody takes part.
 
@@ -79,6 +86,9 @@ def roster(
             bound,
             max_weight,
             noise,
+            round_rate,
+            rate_seconds,
+            arch_hash,
         )
         key = read_key(owner)
         keys.save_roster(file, made.sign(key))
@@ -87,7 +97,9 @@ def roster(
     typer.echo(keys.public_key(key))
 
 
-def membership_of(name: str, file: Path, owner: str, key: Path, journal: Path | None) -> Membership:
+def membership_of(
+    name: str, file: Path, owner: str, key: Path, journal: Path | None, moves: int, alike: float
+) -> Membership:
     """What a worker needs to be a member.
 
     Raises:
@@ -95,11 +107,14 @@ def membership_of(name: str, file: Path, owner: str, key: Path, journal: Path | 
             what it has to be.
         OSError: a file cannot be read.
     """
+    from wsfed.privacy.cohorts import CohortPolicy
     from wsfed.privacy.journal import Journal
 
     keys = _keys()
     pinned = keys.load_roster(file).check(owner)
-    made: Membership = keys.Membership(name, read_key(key), pinned, Journal(journal))
+    made: Membership = keys.Membership(
+        name, read_key(key), pinned, Journal(journal), CohortPolicy(moves=moves), alike
+    )
     return made
 
 

@@ -151,6 +151,12 @@ def worker(
     ledger: Annotated[
         Path | None, typer.Option(help="File that notes what releases have spent.")
     ] = None,
+    cohort_moves: Annotated[
+        int, typer.Option(min=0, help="Drop-outs and returns that it adds up across, an epoch.")
+    ] = 8,
+    alike_rows: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a layer's rows that may be alike.")
+    ] = 0.01,
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
     ] = False,
@@ -176,7 +182,7 @@ def worker(
         usage("--tag, --hub-token-file and --tls-ca go with --connect")
     if connect is not None and (tls_cert or tls_key):
         usage("--connect dials and does not listen; --tls-cert and --tls-key are the hub's")
-    membership = _membership(id, roster, roster_owner, key, journal)
+    membership = _membership(id, roster, roster_owner, key, journal, cohort_moves, alike_rows)
     strict = _ledger(releases, ledger)
     node = _node(
         id,
@@ -310,7 +316,13 @@ def _loaded(offered: _Offered, opened: list[str], device: str) -> list[Dataset]:
 
 
 def _membership(
-    id: str, roster: Path | None, owner: str | None, key: Path | None, journal: Path | None
+    id: str,
+    roster: Path | None,
+    owner: str | None,
+    key: Path | None,
+    journal: Path | None,
+    moves: int,
+    alike: float,
 ) -> Membership | None:
     if roster is None and owner is None and key is None and journal is None:
         return None
@@ -319,7 +331,7 @@ def _membership(
     from wsfed.cli.roster import membership_of
 
     try:
-        return membership_of(id, roster, owner, key, journal)
+        return membership_of(id, roster, owner, key, journal, moves, alike)
     except (OSError, ValueError) as error:
         fail(str(error))
 

@@ -19,7 +19,7 @@ from wsfed.federated.averaging import Mean, weighted_mean
 from wsfed.federated.callbacks import Callback, EarlyStopping
 from wsfed.federated.checkpoint import Checkpoint
 from wsfed.federated.compression import Cast, Compression, Quantise, TopK
-from wsfed.federated.contribution import SecAgg
+from wsfed.federated.contribution import SecAgg, arch_hash
 from wsfed.federated.dp import DP
 from wsfed.federated.dpsgd import DPSGD
 from wsfed.federated.fit import fit
@@ -99,6 +99,7 @@ __all__ = [
     "Uniform",
     "Weighted",
     "Where",
+    "arch_hash",
     "fit",
     "partition",
     "seed_of",

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
+from wsfed.federated.state import state_of
+from wsfed.privacy.structure import structure_of
 
 if TYPE_CHECKING:  # needs cryptography, which is optional
     from wsfed.privacy.roster import Roster
 
-__all__ = ["Contributor", "SecAgg"]
+__all__ = ["Contributor", "SecAgg", "arch_hash"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class SecAgg:
     Attributes:
         roster: of the members: the workers, by the ids that they have in it.
         attempts: at a round, each with new keys.
-        patience: seconds for each of the protocol's five steps.
+        patience: seconds for each of the protocol's six steps.
     """
 
     roster: Roster
@@ -36,6 +40,15 @@ class SecAgg:
     def __post_init__(self) -> None:
         if self.attempts < 1 or not self.patience > 0:
             raise ValueError(f"out of range: attempts {self.attempts}, patience {self.patience}")
+
+
+def arch_hash(model: nn.Module) -> str:
+    """Structure of a model as members of a roster can pin it (``Roster.arch_hash``).
+
+    Of dtypes and shapes of what travels in a round: parameters that require grad, and buffers that
+    are saved, in the order of the state_dict.
+    """
+    return structure_of(list(state_of(model).values()))
 
 
 @dataclass(frozen=True, slots=True)

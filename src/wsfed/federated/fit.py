@@ -32,9 +32,9 @@ from wsfed.federated.history import History, Round, SiteRound
 from wsfed.federated.network import Network, Setup
 from wsfed.federated.per_sample import check_per_sample
 from wsfed.federated.recipe import Criterion, LocalOptimizer, Metric, Objective, Recipe
-from wsfed.federated.replica import buffers_of, state_of
 from wsfed.federated.rounds import Closing, Rounds
 from wsfed.federated.sampling import Everyone, Sampler, Selection
+from wsfed.federated.state import buffers_of, state_of
 from wsfed.federated.strategies.fedasync import FedAsync
 from wsfed.federated.strategies.fedavg import FedAvg
 from wsfed.federated.strategies.scaffold import Scaffold

@@ -16,9 +16,10 @@ from wsfed.errors import ConnectionLost, FederatedError, SessionLost
 from wsfed.federated.broadcast import Broadcast
 from wsfed.federated.compression import Compression, negotiate
 from wsfed.federated.recipe import Recipe
-from wsfed.federated.replica import Replica, buffers_of, state_of
+from wsfed.federated.replica import Replica
 from wsfed.federated.sampling import Candidate
 from wsfed.federated.site import Site
+from wsfed.federated.state import buffers_of, state_of
 
 __all__ = ["LOST", "Network", "Opener", "Setup"]
 

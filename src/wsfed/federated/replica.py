@@ -15,6 +15,7 @@ from wsfed.federated.broadcast import Broadcast
 from wsfed.federated.compression import Scheme, is_compressed
 from wsfed.federated.dpsgd import private_gradients
 from wsfed.federated.recipe import Recipe, measure
+from wsfed.federated.state import buffers_of, state_of
 from wsfed.federated.strategies.strategy import LocalTerms, State
 from wsfed.pointers import modules
 from wsfed.pointers.link import link_of
@@ -23,24 +24,7 @@ from wsfed.pointers.pointer import make_pointer, make_sent
 from wsfed.pointers.site import capture_site
 from wsfed.protocol import messages as m
 
-__all__ = ["Asked", "Replica", "buffers_of", "state_of"]
-
-
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What travels of a model: parameters that require grad, and buffers that are saved.
-
-    What is frozen is sent once, when training begins.
-    """
-    saved = model.state_dict(keep_vars=True)
-    buffers = buffers_of(model)
-    trained = {name for name, each in model.named_parameters() if each.requires_grad}
-    return {name: saved[name] for name in saved if name in trained or name in buffers}
-
-
-def buffers_of(model: nn.Module) -> frozenset[str]:
-    """Names of the buffers among these."""
-    saved = model.state_dict(keep_vars=True)
-    return frozenset(name for name, _ in model.named_buffers() if name in saved)
+__all__ = ["Asked", "Replica"]
 
 
 def _local(value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -264,7 +248,7 @@ class Replica:
         """What a step of secure aggregation is about: values, and the model that was given."""
         if step == 0:
             return [], _ids(self._sent)
-        if step != 2:
+        if step != 3:
             return [], []
         if gradients:
             return _ids([_gradient(each) for each in self._trained.values()]), []

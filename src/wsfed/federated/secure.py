@@ -13,7 +13,15 @@ import torch
 from wsfed.errors import SecAggAborted, WsfedError
 from wsfed.federated.contribution import Contributor, SecAgg
 from wsfed.privacy import masks
-from wsfed.privacy.secagg import EXTRA, Collector, Numbers, least_threshold, pack, unpack_table
+from wsfed.privacy.secagg import (
+    EXTRA,
+    Collector,
+    Numbers,
+    least_threshold,
+    pack,
+    unpack_members,
+    unpack_table,
+)
 
 __all__ = ["SecureMean", "SecureRounds"]
 
@@ -88,7 +96,7 @@ class _Attempt:
     async def run(
         self, session: bytes, number: int, attempt: int, length: int, model: bytes
     ) -> SecureMean:
-        """All five steps."""
+        """All six steps."""
         roster = self._roster
         most = min(max(each.rows for each in self._contributors), roster.max_weight)
         threshold = max(least_threshold(len(self._contributors)), roster.max_colluders + 2)
@@ -104,16 +112,22 @@ class _Attempt:
         sealed = collector.shares_for()
         there = {u: people[u] for u in sealed}
         await self._step(
-            2, there, lambda u: pack(sealed[u]), lambda u, t: collector.add_masked(u, _vector(t))
+            2, there, lambda u: pack(sealed[u]), lambda u, t: collector.add_opened(u, _members(t))
+        )
+        masking, dropped = collector.members_that_mask()
+        self._lost |= dropped
+        there, goes_on = {u: people[u] for u in masking}, pack(masking)
+        await self._step(
+            3, there, lambda _: goes_on, lambda u, t: collector.add_masked(u, _vector(t))
         )
         inside = collector.members_of_sum()
         there = {u: people[u] for u in inside}
         told = pack(inside)
-        await self._step(3, there, lambda _: told, lambda u, t: collector.add_signature(u, _raw(t)))
+        await self._step(4, there, lambda _: told, lambda u, t: collector.add_signature(u, _raw(t)))
         signatures = collector.all_signatures()
         there, signed = {u: people[u] for u in signatures}, pack(signatures)
         await self._step(
-            4, there, lambda _: signed, lambda u, t: collector.add_unmasking(u, _table(t))
+            5, there, lambda _: signed, lambda u, t: collector.add_unmasking(u, _table(t))
         )
         total, names = await asyncio.to_thread(collector.total)
         return self._mean(numbers, total, names)
@@ -167,6 +181,13 @@ def _raw(told: torch.Tensor) -> bytes:
 def _table(told: torch.Tensor) -> dict[int, bytes]:
     try:
         return unpack_table(_raw(told))
+    except ValueError as error:
+        raise SecAggAborted(0, str(error)) from None
+
+
+def _members(told: torch.Tensor) -> list[int]:
+    try:
+        return unpack_members(_raw(told))
     except ValueError as error:
         raise SecAggAborted(0, str(error)) from None
 

@@ -205,9 +205,17 @@ class Hosted:
 
     def _report(self, outcome: Outcome) -> None:
         try:
-            self._loop.call_soon_threadsafe(self.handle, Done(outcome))
+            self._loop.call_soon_threadsafe(self._reported, outcome)
         except RuntimeError:
             _log.debug("the event loop ended before the work did")
+
+    def _reported(self, outcome: Outcome) -> None:
+        try:
+            self.handle(Done(outcome))
+        except Exception:  # else the client would wait for ever for what does not go on
+            _log.exception("worker %s: a session cannot go on", self.node.id)
+            self.refuse(RemoteProtocolError("internal", "the worker failed; its log says how"))
+            self._wake()
 
 
 class Attached:

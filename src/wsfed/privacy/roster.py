@@ -17,6 +17,7 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from wsfed.privacy.cohorts import CohortPolicy
 from wsfed.privacy.journal import Journal
 
 __all__ = [
@@ -51,6 +52,11 @@ class Roster:
         max_weight: rows count up to so many.
         noise: standard deviation of the noise in the sum of ``min_members`` or more, that of
             colluders not counted, in units of ``bound``: each member adds its part before it masks.
+        round_rate: rounds, of all sessions and attempts, in which a member gives a masked vector in
+            ``rate_seconds``, at most.
+        rate_seconds: of ``round_rate``; a day.
+        arch_hash: structure of the model (:func:`~wsfed.privacy.structure.structure_of`), 32 bytes
+            in hexadecimal digits; empty: any.
     """
 
     id: str
@@ -62,6 +68,9 @@ class Roster:
     bound: float = 1.0
     max_weight: int = 1_000_000
     noise: float = 0.0
+    round_rate: int = 1_000
+    rate_seconds: int = 86_400
+    arch_hash: str = ""
 
     def __post_init__(self) -> None:
         names, keys = list(self.members), set(self.members.values())
@@ -86,6 +95,12 @@ class Roster:
         ):
             raise ValueError(
                 f"out of range: min_rows {self.min_rows}, bound {self.bound}, noise {self.noise}"
+            )
+        if self.arch_hash and not _KEY.fullmatch(self.arch_hash):
+            raise ValueError("arch_hash has 32 bytes, in hexadecimal digits, or is empty")
+        if self.round_rate < 1 or self.rate_seconds < 1:
+            raise ValueError(
+                f"out of range: round_rate {self.round_rate} in {self.rate_seconds} seconds"
             )
         if not 1 <= self.max_weight * len(names) < 2**31:
             raise ValueError(
@@ -157,13 +172,18 @@ class Membership:
         name: of this member in the roster.
         key: that it signs with.
         roster: pinned by its owner.
-        journal: of the rounds in which it took part.
+        journal: of the rounds in which it took part, and of the sums that it has helped to unmask.
+        cohorts: what the worker's owner lets be told by the difference of two sums.
+        most_alike: share of a layer's rows that may be alike
+            (:func:`~wsfed.privacy.structure.check_rows`); 1 where these are not looked at.
     """
 
     name: str
     key: Ed25519PrivateKey
     roster: Roster
     journal: Journal = field(default_factory=Journal)
+    cohorts: CohortPolicy = field(default_factory=CohortPolicy)
+    most_alike: float = 0.01
 
     def __post_init__(self) -> None:
         if self.roster.members.get(self.name) != public_key(self.key):

@@ -8,13 +8,14 @@ without I/O: a :class:`Member` is a worker, the :class:`Collector` who adds up a
 round  member → collector         collector → members         then a member
 =====  =========================  ==========================  ====================================
 0      two public keys, signed    those of all, U1            checks every signature
-1      a share of its two         to each what is for it,     opens the shares
-       secrets for each member    from U2
-2      its vector, masked         who has sent one, U3        signs U3
-3      the signature              those of t members          checks that all have signed one U3
-4      for each of U3 a share of  nothing                     forgets everything
+1      a share of its two         to each what is for it      opens the shares
+       secrets for each member
+2      whose it could not open    who is left, U2             masks its vector for U2
+3      its vector, masked         who has sent one, U3        signs U3
+4      the signature              those of t members          checks that all have signed one U3
+5      for each of U3 a share of  nothing                     forgets everything
        its own mask; for those
-       lost after round 1, of
+       lost after round 2, of
        its pairwise masks
 =====  =========================  ==========================  ====================================
 
@@ -23,6 +24,11 @@ What is sent is ``values + PRG(b_u) + sum(PRG(k_uv), v > u) - sum(PRG(k_uv), v <
 members; shares of ``t`` members restore these, and the self-masks ``b_u`` of U3. A member never
 gives both for one other, and never a second vector for a round: a vector that comes late is covered
 by its self-mask for good.
+
+A member does not go on with whom it cannot open the shares of, and may be told to go on with fewer.
+So that nobody can part the honest members into groups with a sum for each, it keeps at least
+``|U1| + max_colluders + 1 - t``: among these is an honest one of the ``t`` who sign U3, all of whom
+have masks in common with everybody in it.
 
 The context, which enters every signature and every key, holds the hash of the roster, the session,
 the round, the attempt, the numbers of the round, and the hash of the model that the member was
@@ -35,8 +41,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 import msgpack
@@ -149,6 +157,11 @@ def _who(members: Iterable[int]) -> bytes:
     return b"".join(struct.pack(">H", each) for each in sorted(members))
 
 
+def _complaints(pairs: Sequence[tuple[int, int]], member: int) -> tuple[int, int]:
+    """Of how many pairs it is one, and in how many of these the one whose shares are meant."""
+    return sum(member in pair for pair in pairs), sum(member == of for _, of in pairs)
+
+
 def _is_signed(key: str, signature: bytes, message: bytes) -> bool:
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, message)
@@ -226,6 +239,8 @@ class Member:
         numbers: of the round, as the collector says them.
         model: SHA-256 of the model that it was given.
         last_round: the last round of this session in which it took part.
+        approve: told in rounds 4 and 5 who is in the sum, by name, and whether shares for it leave
+            now; raises ``ValueError`` where the sum is not to be had.
     """
 
     name: str
@@ -234,6 +249,7 @@ class Member:
     numbers: Numbers
     model: bytes
     last_round: tuple[int, int] = (0, -1)
+    approve: Callable[[Sequence[str], bool], None] | None = None
     _step: int = 0
     _u: int = 0
     _context: bytes = b""
@@ -244,6 +260,7 @@ class Member:
     _u1: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     _shares: dict[int, bytes] = field(default_factory=dict)
     _agreed: dict[int, bytes] = field(default_factory=dict)
+    _pairs: dict[int, bytes] = field(default_factory=dict)
     _u3: frozenset[int] = frozenset()
     _remember: Callable[[int, int], None] | None = None
 
@@ -277,6 +294,7 @@ class Member:
         self._self_mask = b""
         self._shares.clear()
         self._agreed.clear()
+        self._pairs.clear()
 
     def _take(self, step: int) -> None:
         if self._step != step:
@@ -347,115 +365,160 @@ class Member:
                 f"for {len(keys)} members"
             )
 
-    def _check_count(self, members: Iterable[int], what: str) -> None:
-        count = len(list(members))
-        roster, threshold = self.roster, self.numbers.threshold
-        needed = max(threshold, roster.min_members, roster.max_colluders + 2)
+    @property
+    def _needed(self) -> int:
+        """Members that have to be there in every round."""
+        roster = self.roster
+        return max(self.numbers.threshold, roster.min_members, roster.max_colluders + 2)
+
+    def _check_count(
+        self, members: Iterable[int], what: str, least: int = 0, missing: Sequence[str] = ()
+    ) -> None:
+        count, needed = len(list(members)), max(self._needed, least)
         if count < needed:
-            raise self._abort(f"{count} members {what}, and {needed} are needed")
+            raise self._abort(f"{count} members {what}, and {needed} are needed", missing)
 
     def _sealing_key(self, sender: int, receiver: int) -> bytes:
         assert self._sealing is not None
         other = receiver if sender == self._u else sender
         if other not in self._agreed:  # once for both directions
-            self._agreed[other] = self._agree(self._sealing, other, self._u1[other][0])
+            try:
+                public = X25519PublicKey.from_public_bytes(self._u1[other][0])
+                self._agreed[other] = self._sealing.exchange(public)
+            except ValueError:  # a point of low order
+                (name,) = self._names([other])
+                raise self._abort(f"the key of {name!r} is none", [name]) from None
         info = self._context + b"share" + struct.pack(">HH", sender, receiver)
         return _derive(self._agreed[other], info)
 
-    def _agree(self, own: X25519PrivateKey, other: int, public: bytes) -> bytes:
-        try:
-            return own.exchange(X25519PublicKey.from_public_bytes(public))
-        except ValueError:  # a point of low order
-            (name,) = self._names([other])
-            raise self._abort(f"the key of {name!r} is none", [name]) from None
+    def open(self, sealed: Mapping[int, bytes]) -> list[int]:
+        """Round 2: numbers of those with whom this member does not go on.
 
-    def mask(
-        self, sealed: Mapping[int, bytes], vector: Vector, remember: Callable[[int, int], None]
-    ) -> Vector:
-        """Round 2: the vector, masked; made in its memory.
+        What they have sealed cannot be opened, or the key to their pairwise masks is none.
 
         Args:
-            sealed: from each other member of U2 what it has sealed for this one.
-            vector: what is contributed; it is used up.
-            remember: told of round and attempt before anything is given away, here and in round
-                4; what it writes has to be ``last_round`` from then on, after a restart, too.
+            sealed: from each other member that has shared its secrets, what is for this one.
         """
         self._take(2)
+        if not set(sealed) < set(self._u1) or self._u in sealed:
+            raise self._abort("shares of who has said no keys, or of itself")
+        assert self._masking is not None
+        for member, box in sealed.items():
+            public = X25519PublicKey.from_public_bytes(self._u1[member][1])
+            try:
+                self._pairs[member] = self._masking.exchange(public)
+                self._shares[member] = self._opened(member, box)
+            except (InvalidTag, ValueError):  # ValueError: a point of low order
+                self._pairs.pop(member, None)
+        failed = sorted(set(sealed) - set(self._shares))
+        self._check_kept(failed)
+        return failed
+
+    def _opened(self, member: int, box: bytes) -> bytes:
+        if len(box) != _SEALED:
+            raise InvalidTag
+        return AESGCM(self._sealing_key(member, self._u)).decrypt(_NONCE, box, None)
+
+    def _check_kept(self, failed: Sequence[int] = ()) -> None:
+        names = self._names(failed)
+        what = "are left"
+        if names:
+            what += f" without {', '.join(names)}, of whom it cannot open what they have sealed"
+        roster = self.roster
+        apart = len(self._u1) + roster.max_colluders + 1 - self.numbers.threshold
+        self._check_count(self._shares, what, apart, names)
+
+    def mask(
+        self, members: Sequence[int], vector: Vector, remember: Callable[[int, int], None]
+    ) -> Vector:
+        """Round 3: the vector, masked; made in its memory.
+
+        Args:
+            members: U2: numbers of those who go on, this one too.
+            vector: what is contributed; it is used up.
+            remember: told of round and attempt before anything is given away, here and in round
+                5; what it writes has to be ``last_round`` from then on, after a restart, too.
+        """
+        self._take(3)
+        u2 = frozenset(members)
+        if len(u2) != len(members) or not u2 <= set(self._shares) or self._u not in u2:
+            raise self._abort("it is told to go on with others than it has shares of")
+        self._shares = {member: self._shares[member] for member in sorted(u2)}
+        self._check_kept()
         if vector.dtype != np.uint32 or vector.shape != (self.numbers.length,):
             raise self._abort(
                 f"{vector.shape[0]} elements of {vector.dtype}, where {self.numbers.length} "
                 "elements of the ring are agreed"
             )
-        if not set(sealed) < set(self._u1) or self._u in sealed:
-            raise self._abort("shares of who has said no keys, or of itself")
-        for member, box in sealed.items():
-            self._shares[member] = self._open(member, box)
-        self._check_count(self._shares, "have shared their secrets")
-        assert self._masking is not None
         self._remember = remember
         self._note(self.numbers.attempt)
         add_mask(vector, _derive(self._self_mask, self._context + b"self"))
-        for member in sealed:
-            agreed = self._agree(self._masking, member, self._u1[member][1])
-            key = _derive(agreed, _pair_info(self._context, self._u, member))
+        for member in u2 - {self._u}:
+            key = _derive(self._pairs[member], _pair_info(self._context, self._u, member))
             add_mask(vector, key, 1 if member > self._u else -1)
         return vector
 
-    def _open(self, member: int, box: bytes) -> bytes:
-        try:
-            if len(box) != _SEALED:
-                raise InvalidTag
-            return AESGCM(self._sealing_key(member, self._u)).decrypt(_NONCE, box, None)
-        except InvalidTag:
-            (name,) = self._names([member])
-            raise self._abort(f"what {name!r} has sealed for it cannot be opened", [name]) from None
-
     def _note(self, attempt: int) -> None:
         assert self._remember is not None
-        try:
+        with self._refusing():
             self._remember(self.numbers.round, attempt)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What the caller's own rules refuse ends this member's part."""
+        try:
+            yield
         except ValueError as error:
             raise self._abort(str(error)) from None
         except BaseException:
             self._abort("the round could not be noted")
             raise
 
+    def _approve(self, *, leaving: bool) -> None:
+        if self.approve is not None:
+            with self._refusing():
+                self.approve(self._names(sorted(self._u3)), leaving)
+
     def confirm(self, u3: Iterable[int]) -> bytes:
-        """Round 3: a signature under who is in the sum.
+        """Round 4: a signature under who is in the sum.
 
         Args:
             u3: numbers of those whose masked vector has come.
         """
-        self._take(3)
+        self._take(4)
         u3 = list(u3)
         self._u3 = frozenset(u3)
         if len(self._u3) != len(u3) or not self._u3 <= set(self._shares) or self._u not in u3:
             raise self._abort("the sum is said to be of others than have shared their secrets")
         self._check_count(u3, "are in the sum")
+        self._approve(leaving=False)
         return self.key.sign(self._signed_sum(self._u3))
 
     def _signed_sum(self, u3: Iterable[int]) -> bytes:
         return self._context + b"\x03" + _who(u3)
 
     def unmask(self, signatures: Mapping[int, bytes]) -> dict[int, bytes]:
-        """Round 4: for each other of U2 one share, and the end of this member's part.
+        """Round 5: for each other of U2 one share, and the end of this member's part.
 
         Args:
-            signatures: of round 3, by number.
+            signatures: of round 4, by number.
 
         Returns:
             By number: of those in the sum a share of the self-mask, of the others of the key to
             their pairwise masks.
         """
-        self._take(4)
+        self._take(5)
         order, signed = self.roster.order, self._signed_sum(self._u3)
-        valid = [
+        valid = (
             member
             for member, signature in signatures.items()
             if member in self._u3
             and _is_signed(self.roster.members[order[member - 1]], signature, signed)
-        ]
-        self._check_count(valid, "have signed that the sum is of the same members")
+        )
+        # To check a signature takes 0.1 ms: no more than have to be there.
+        enough = list(islice(valid, self._needed))
+        self._check_count(enough, "have signed that the sum is of the same members")
+        self._approve(leaving=True)
         # No other attempt at this round: two sums of it may differ by one member.
         self._note(_LAST_ATTEMPT)
         given = {
@@ -483,6 +546,7 @@ class Collector:
         self._context = _context(roster, numbers, model)
         self._keys: dict[int, bytes] = {}
         self._sealed: dict[int, Mapping[int, bytes]] = {}
+        self._failed: dict[int, frozenset[int]] = {}
         self._sum: Vector = np.zeros(numbers.length, np.uint32)
         self._u1: frozenset[int] = frozenset()
         self._u2: frozenset[int] = frozenset()
@@ -533,11 +597,37 @@ class Collector:
 
     def shares_for(self) -> dict[int, dict[int, bytes]]:
         """Round 1 is closed: for each member of U2 what the others of U2 have sealed for it."""
-        self._u2 = self._close(self._sealed, self._u1, "have shared their secrets")
-        return {v: {u: sealed[v] for u, sealed in self._sealed.items() if u != v} for v in self._u2}
+        shared = self._close(self._sealed, self._u1, "have shared their secrets")
+        return {v: {u: sealed[v] for u, sealed in self._sealed.items() if u != v} for v in shared}
+
+    def add_opened(self, member: int, failed: Iterable[int]) -> None:
+        """Round 2: whose shares a member could not open."""
+        failed = frozenset(failed)
+        if member not in self._sealed or not failed <= set(self._sealed) - {member}:
+            raise SecAggAborted(
+                self.numbers.round, f"{self._names([member])[0]} tells of shares it was not given"
+            )
+        self._failed[member] = failed
+
+    def members_that_mask(self) -> tuple[list[int], dict[str, str]]:
+        """Round 2 is closed: U2, and why others that have answered are not in it, by name.
+
+        Who has sealed rubbish, and who only says so of another, cannot be told apart; so of those
+        that cannot go on together the one goes that most of them cannot go on with.
+        """
+        left, dropped = set(self._failed), dict[str, str]()
+        while pairs := [(u, v) for u in sorted(left) for v in sorted(self._failed[u] & left)]:
+            worst = max(left, key=lambda each: _complaints(pairs, each))
+            left.remove(worst)
+            others = {u if v == worst else v for u, v in pairs if worst in (u, v)}
+            dropped[self._names([worst])[0]] = (
+                "shares between it and " + ", ".join(self._names(others)) + " cannot be opened"
+            )
+        self._u2 = self._close(left, self._sealed, "can open each other's shares")
+        return sorted(self._u2), dropped
 
     def add_masked(self, member: int, vector: Vector) -> None:
-        """Round 2: a masked vector; it is added and not kept."""
+        """Round 3: a masked vector; it is added and not kept."""
         if member not in self._u2 or member in self._masked or vector.shape != self._sum.shape:
             raise SecAggAborted(
                 self.numbers.round, f"{self._names([member])[0]} has sent a vector that is not due"
@@ -546,24 +636,24 @@ class Collector:
         np.add(self._sum, vector, out=self._sum)
 
     def members_of_sum(self) -> list[int]:
-        """Round 2 is closed: U3."""
+        """Round 3 is closed: U3."""
         self._u3 = self._close(self._masked, self._u2, "have sent their vectors")
         return sorted(self._u3)
 
     def add_signature(self, member: int, signature: bytes) -> None:
-        """Round 3: what a member has signed."""
+        """Round 4: what a member has signed."""
         signed = self._context + b"\x03" + _who(self._u3)
         name = self.roster.order[member - 1]
         if member in self._u3 and _is_signed(self.roster.members[name], signature, signed):
             self._signatures[member] = signature
 
     def all_signatures(self) -> dict[int, bytes]:
-        """Round 3 is closed: for those that are left."""
+        """Round 4 is closed: for those that are left."""
         self._close(self._signatures, self._u3, "have signed who is in the sum")
         return dict(self._signatures)
 
     def add_unmasking(self, member: int, shares: Mapping[int, bytes]) -> None:
-        """Round 4: a member's shares."""
+        """Round 5: a member's shares."""
         if member not in self._signatures or set(shares) != self._u2:
             raise SecAggAborted(
                 self.numbers.round,

@@ -549,13 +549,13 @@ class Run(Message):
 class SecAgg(Message):
     """Take one step of secure aggregation (:mod:`wsfed.privacy.secagg`); answered by a tensor.
 
-    Step 0 begins a round: ``given`` is the model whose hash is bound into every key. Step 2 is
+    Step 0 begins a round: ``given`` is the model whose hash is bound into every key. Step 3 is
     answered by the masked change from ``given`` to ``values`` (``values`` themselves, where
     ``given`` is empty) and the number of rows; the other steps by bytes.
     """
 
     request: int = _id()
-    step: int = _field("0 to 4", lambda value: type(value) is int and 0 <= value <= 4)
+    step: int = _field("0 to 5", lambda value: type(value) is int and 0 <= value <= 5)
     #: The data set whose rows count as the weight.
     name: str = _text()
     values: list[int] = _ids()

@@ -505,12 +505,12 @@ class Interpreter:
                 "this worker is no member of a roster: its owner has not started it with one"
             )
         data = b"" if told.data is None else bytes(told.data)
-        rows = self._dataset(command.name).rows if command.step == 2 else 0
+        rows = self._dataset(command.name).rows if command.step == 3 else 0
         seen += [self.store.entry(id) for id in (*command.values, *command.given)]
         values, given = (
             [self.store.tensor(id) for id in ids] for ids in (command.values, command.given)
         )
-        made = self._secure.step(command.step, data, rows, values, given)
+        made = self._secure.step(command.step, data, command.name, rows, values, given)
         return Reply(m.TensorReply(command.request, 0, False), outgoing(made, lasting=True))
 
     # --- the others ---

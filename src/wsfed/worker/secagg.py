@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from wsfed.errors import RemoteError
+from wsfed.errors import RemoteError, SecAggAborted
 from wsfed.privacy import masks
+from wsfed.privacy.cohorts import Unmasked, check_cohort
 from wsfed.privacy.roster import Membership
 from wsfed.privacy.secagg import EXTRA, Member, Numbers, pack, unpack_members, unpack_table
+from wsfed.privacy.structure import check_rows, check_structure
 from wsfed.tensors import describe, hash_of
 
 __all__ = ["SecureRounds"]
@@ -26,11 +28,13 @@ class SecureRounds:
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._member: Member | None = None
+        self._model, self._dataset = b"", ""
 
     def step(
         self,
         step: int,
         told: bytes,
+        dataset: str,
         rows: int,
         values: Sequence[torch.Tensor],
         given: Sequence[torch.Tensor],
@@ -38,9 +42,10 @@ class SecureRounds:
         """One step; see :class:`~wsfed.protocol.messages.SecAgg`.
 
         Args:
-            step: 0 to 4.
+            step: 0 to 5.
             told: by the collector.
-            rows: of the data set.
+            dataset: whose rows count as the weight.
+            rows: of it.
             values: to contribute.
             given: the model.
 
@@ -56,17 +61,18 @@ class SecureRounds:
             if step == 1:
                 return _bytes(pack(member.share(unpack_table(told))))
             if step == 2:
-                vector = self._vector(member, rows, values, given)
-                sealed = unpack_table(told)
-                session = member.numbers.session
-                masked = member.mask(
-                    sealed, vector, lambda r, a: self._membership.journal.write(session, r, a)
-                )
-                return torch.from_numpy(masked.view(np.int32))
+                return _bytes(pack(member.open(unpack_table(told))))
             if step == 3:
+                members, self._dataset = unpack_members(told), dataset
+                vector = self._vector(member, rows, values, given)
+                masked = member.mask(members, vector, self._remember)
+                return torch.from_numpy(masked.view(np.int32))
+            if step == 4:
                 return _bytes(member.confirm(unpack_members(told)))
-            self._member = None
-            return _bytes(pack(member.unmask(unpack_table(told))))
+            try:
+                return _bytes(pack(member.unmask(unpack_table(told))))
+            finally:
+                self._member = None
         except ValueError as error:  # malformed; what a roster refuses is SecAggAborted
             raise RemoteError(str(error)) from None
 
@@ -75,8 +81,44 @@ class SecureRounds:
         numbers = Numbers.unpack(told)
         last = mine.journal.last(numbers.session)
         self._member = None
-        self._member = Member(mine.name, mine.key, mine.roster, numbers, hash_of(given), last)
-        return self._member.keys()
+        self._model = hash_of(given)
+        member = Member(
+            *(mine.name, mine.key, mine.roster, numbers, self._model, last),
+            approve=self._approve,
+        )
+        try:
+            mine.journal.check_rate(*self._rate)
+            check_structure(mine.roster.arch_hash, given)
+            check_rows(given, mine.most_alike)
+        except ValueError as error:
+            raise SecAggAborted(numbers.round, f"{mine.name}: {error}") from None
+        self._member = member
+        return member.keys()
+
+    @property
+    def _rate(self) -> tuple[int, int]:
+        return self._membership.roster.round_rate, self._membership.roster.rate_seconds
+
+    def _remember(self, round: int, attempt: int) -> None:
+        """On the disk before anything leaves; the first time, with a masked vector, it counts."""
+        assert self._member is not None
+        journal, session = self._membership.journal, self._member.numbers.session
+        begins = attempt == self._member.numbers.attempt
+        journal.write(session, round, attempt, self._rate if begins else None)
+
+    def _approve(self, members: Sequence[str], leaving: bool) -> None:
+        """Whether shares may be given for the sum over these; noted when they leave."""
+        mine = self._membership
+        roster = mine.roster
+        new = Unmasked(roster.id, roster.epoch, self._dataset, self._model, frozenset(members))
+
+        def check(earlier: Sequence[Unmasked]) -> None:
+            check_cohort(mine.cohorts, roster.max_colluders, earlier, new)
+
+        if leaving:
+            mine.journal.unmask(new, check)
+        else:
+            mine.journal.check(check)
 
     def _vector(
         self,

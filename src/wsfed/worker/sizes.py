@@ -7,6 +7,7 @@ room for much, torch's meta kernel tells the size, once for each distinct call.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -62,12 +63,90 @@ _BY_VALUES: Final[Mapping[str, Callable[..., int]]] = MappingProxyType(
 
 #: No larger than the labels they are given: nothing is broadcast in them.
 _NO_LARGER: Final = frozenset({"torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss"})
-#: Asked for at every turn, and its meta kernel loads torch's compiler, which takes seconds.
-_LINEAR: Final = "torch.nn.functional.linear"
 
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> int:
     return rows.numel() // max(rows.shape[-1], 1) * len(weight) * rows.itemsize
+
+
+def _convolution(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> int:
+    sizes, kernel = input.shape[-(weight.ndim - 2) :], weight.shape[2:]
+    rows = input.numel() // max(math.prod(input.shape[-(weight.ndim - 1) :]), 1)
+    count = rows * len(weight)
+    steps, gaps = _each(stride, sizes), _each(dilation, sizes)
+    for place, (size, width) in enumerate(zip(sizes, kernel, strict=True)):
+        if padding == "same":
+            count *= size
+            continue
+        beyond = 0 if padding == "valid" else 2 * _each(padding, sizes)[place]
+        count *= (size + beyond - gaps[place] * (width - 1) - 1) // steps[place] + 1
+    return int(count * input.itemsize)
+
+
+def _each(value: Any, sizes: Sequence[int]) -> Sequence[int]:
+    """One number for all dimensions, or one for each."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * len(sizes) if len(numbers) == 1 else numbers
+
+
+def _as_given(input: torch.Tensor, *_: Any, **__: Any) -> int:
+    return input.nbytes
+
+
+def _recurrent(input: torch.Tensor, state: Any, *rest: Any) -> int:
+    """Then weights, has_biases, num_layers, dropout, train, both_ways, batch_first.
+
+    Raises:
+        ValueError: of a packed sequence, where the second argument is its sizes.
+    """
+    states = [state] if isinstance(state, torch.Tensor) else state
+    both_ways = rest[5]
+    if states[0].ndim < 2:
+        raise ValueError("a packed sequence")
+    width = states[0].shape[-1] * (2 if both_ways else 1)
+    outputs = input.numel() // max(input.shape[-1], 1) * width * input.itemsize
+    return int(outputs + sum(each.nbytes for each in states))
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: Any, width: int, heads: int, *_: Any, **__: Any
+) -> int:
+    """Of outputs and of weights: as many as there are pairs of places, for each head at most."""
+    rows = query.numel() // max(width, 1)
+    return int((query.numel() + rows * len(key) * heads) * query.itemsize)
+
+
+def _broadcast(*operands: Any, **_: Any) -> int:
+    """Of arithmetic: the operands' common shape, in the type of the first two of them."""
+    shapes = [each.shape for each in operands[:2] if isinstance(each, torch.Tensor)]
+    count = math.prod(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    kind = torch.result_type(operands[0], operands[1])
+    return int(count * kind.itemsize)
+
+
+#: Asked for at every turn, and their meta kernels load torch's compiler, which takes seconds.
+_BY_SHAPES: Final[Mapping[str, Callable[..., int]]] = MappingProxyType(
+    {
+        "torch.nn.functional.linear": _linear,
+        **{f"torch.nn.functional.conv{n}d": _convolution for n in (1, 2, 3)},
+        **{
+            f"torch.nn.functional.{kind}_norm": _as_given
+            for kind in ("batch", "group", "instance", "layer", "rms")
+        },
+        **{f"torch.{kind}": _recurrent for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+        "torch.nn.functional.multi_head_attention_forward": _attention,
+        **{f"torch.{word}": _broadcast for word in ("add", "sub", "mul")},
+        **{f"torch.Tensor.{word}": _broadcast for word in ("add", "sub", "mul")},
+    }
+)
 
 
 def depends_on_values(name: str) -> bool:
@@ -90,8 +169,9 @@ class ResultSizes:
         leaves = list(_leaves((*args, *kwargs.values())))
         if _bound(leaves) <= _SMALL:
             return 0
-        if op.name == _LINEAR and not kwargs and len(args) in (2, 3):
-            return _asked(_linear, args, {})
+        if (by_shapes := _BY_SHAPES.get(op.name)) is not None:
+            with contextlib.suppress(Exception):  # called in another way
+                return by_shapes(*args, **kwargs)
         key = (op.name, *map(_key, leaves))
         known = self._known.get(key)
         if known is None:

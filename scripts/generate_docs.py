@@ -16,7 +16,7 @@ from pathlib import Path
 import typer.main
 
 import wsfed
-from wsfed import cli, errors, federated, syft, sync, testing
+from wsfed import cli, errors, federated, relay, syft, sync, testing
 from wsfed.privacy import roster
 from wsfed.protocol import codec, limits, session, stream
 from wsfed.protocol import messages as m
@@ -132,6 +132,7 @@ def reference() -> str:
         ("wsfed.federated", federated),
         ("wsfed.federated.partition", federated.partition),
         ("wsfed.privacy.roster", roster),
+        ("wsfed.relay", relay),
         ("wsfed.sync", sync),
         ("wsfed.syft", syft),
         ("wsfed.testing", testing),

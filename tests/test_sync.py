@@ -143,6 +143,24 @@ async def test_nodes_behind_a_hub_are_used_without_await(hub_url: str) -> None:
     assert not background.running
 
 
+@pytest.mark.blocking
+async def test_a_hub_that_was_closed_says_so_and_so_do_its_sessions(hub_url: str) -> None:
+    def use() -> None:
+        with sync.hub(hub_url) as hub:
+            alice = hub.worker("alice")
+            events = hub.events()
+            assert next(events).node.id == "alice"
+        hub.close()
+        for work in (lambda: hub.worker("alice"), hub.nodes, hub.workers, lambda: next(events)):
+            with pytest.raises(wsfed.ConnectionLost, match="closed by this program"):
+                work()
+        assert alice.closed
+        alice.close()
+
+    await asyncio.to_thread(use)
+    assert not background.running
+
+
 async def test_no_hub_is_one_error_and_no_thread() -> None:
     with pytest.raises(wsfed.ConnectionLost, match="is a hub running there"):
         await asyncio.to_thread(sync.hub, "ws://127.0.0.1:1")

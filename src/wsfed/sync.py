@@ -29,7 +29,7 @@ from wsfed.client.hub import HubClient as _HubClient
 from wsfed.client.hub import HubEvent, HubEvents, HubNode
 from wsfed.client.virtual import VirtualWorker as _VirtualWorker
 from wsfed.client.worker import Worker as _Worker
-from wsfed.errors import PointerError
+from wsfed.errors import ConnectionLost, PointerError
 from wsfed.federated.fit import fit as _fit
 from wsfed.pointers import modules
 from wsfed.pointers.modules import copy, move, send
@@ -139,7 +139,8 @@ class _HubWorker(Worker):
 
     def close(self) -> None:
         """End the session; the worker forgets its objects. May be called twice."""
-        _Worker.close(self)
+        if self._installed:  # else the hub has ended it, and perhaps the loop
+            _Worker.close(self)
 
 
 class HubClient:
@@ -151,6 +152,12 @@ class HubClient:
     def __init__(self, client: _HubClient, loop: asyncio.AbstractEventLoop) -> None:
         self._client, self._loop = client, loop
         self._counted = True
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        if not self._counted:
+            work.close()
+            raise ConnectionLost(self.url, "it was closed by this program")
+        return background.run(self._loop, work)
 
     @property
     def url(self) -> str:
@@ -168,7 +175,7 @@ class HubClient:
         async def nodes() -> list[HubNode]:
             return self._client.nodes(tags)
 
-        return background.run(self._loop, nodes())
+        return self._run(nodes())
 
     def events(self) -> Iterator[HubEvent]:
         """Comings and goings: ``for event in hub.events()``; begins with who is there."""
@@ -179,8 +186,8 @@ class HubClient:
         async def following(events: HubEvents) -> HubEvent | None:
             return await anext(events, None)
 
-        events = background.run(self._loop, begin())
-        while (event := background.run(self._loop, following(events))) is not None:
+        events = self._run(begin())
+        while (event := self._run(following(events))) is not None:
             yield event
 
     def worker(
@@ -194,7 +201,7 @@ class HubClient:
         async def open_worker() -> Any:
             return await self._client.worker(id, token=token, reconnect=reconnect)
 
-        worker: Worker = background.run(self._loop, open_worker())
+        worker: Worker = self._run(open_worker())
         return worker
 
     def workers(self, tags: Collection[str] = (), *, token: str | None = None) -> list[Worker]:
@@ -202,7 +209,7 @@ class HubClient:
 
         Called again, it gives the same sessions, and new ones for new nodes.
         """
-        workers: list[Any] = background.run(self._loop, self._client.workers(tags, token=token))
+        workers: list[Any] = self._run(self._client.workers(tags, token=token))
         return workers
 
     def wait_for(
@@ -218,7 +225,7 @@ class HubClient:
         Arguments and errors are those of :meth:`wsfed.HubClient.wait_for`.
         """
         waiting = self._client.wait_for(count, tags, timeout=timeout, token=token)
-        workers: list[Any] = background.run(self._loop, waiting)
+        workers: list[Any] = self._run(waiting)
         return workers
 
     def close(self) -> None:

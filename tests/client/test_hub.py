@@ -135,6 +135,18 @@ async def test_sessions_end_with_the_hub_that_opened_them(url: str) -> None:
         await until(lambda: node.info["sessions"] == 0)
 
 
+async def test_sessions_that_were_lost_leave_nothing_behind(url: str) -> None:
+    async with wsfed.hub(url) as hub:
+        for _ in range(3):
+            async with enrolled(url, "alice", "bob"):
+                alice, bob = await hub.wait_for(2)
+                await alice.flush()
+            await until(lambda a=alice, b=bob: a.closed and b.closed and not hub.nodes())
+            assert hub._workers == {alice, bob}
+        assert alice._installed and bob._installed, "nobody has closed them"
+    assert not alice._installed and not bob._installed
+
+
 async def test_a_node_that_is_not_there_is_told_with_who_is(url: str) -> None:
     async with enrolled(url, "alice"), wsfed.hub(url) as hub:
         with pytest.raises(wsfed.NodeUnavailable, match="no node 'carol'; there is 'alice'") as no:

@@ -310,7 +310,7 @@ class HubClient:
             reconnect=self._reconnect if reconnect is None else reconnect,
         )
         worker = self._kind(id, connection)
-        self._workers = {each for each in self._workers if not each.closed} | {worker}
+        self._workers = {each for each in self._workers if each._installed} | {worker}
         connection.start()
         return Connecting(worker, connection)
 
@@ -406,7 +406,8 @@ class HubClient:
         there = self._own.get(id)
         if there is not None and not there.closed:
             return there
-        self._own = {name: each for name, each in self._own.items() if not each.closed}
+        over = [name for name, each in self._own.items() if each.closed]
+        await asyncio.gather(*(self._own.pop(name)._end() for name in over))
         try:
             worker = await self.worker(id, token=token)
         except NodeUnavailable as lost:

@@ -16,7 +16,7 @@ from pathlib import Path
 import typer.main
 
 import wsfed
-from wsfed import cli, errors, federated, syft, sync, testing
+from wsfed import cli, errors, federated, relay, syft, sync, testing
 from wsfed.privacy import roster
 from wsfed.protocol import codec, limits, session, stream
 from wsfed.protocol import messages as m
@@ -77,6 +77,7 @@ def kinds() -> tuple[tuple[str, str], ...]:
         (m.STREAM, "Stream messages"),
         (m.COMMANDS, "Commands"),
         (m.REPLIES, "Replies"),
+        (m.HUB, "Hub messages"),
     )
 
 
@@ -131,6 +132,7 @@ def reference() -> str:
         ("wsfed.federated", federated),
         ("wsfed.federated.partition", federated.partition),
         ("wsfed.privacy.roster", roster),
+        ("wsfed.relay", relay),
         ("wsfed.sync", sync),
         ("wsfed.syft", syft),
         ("wsfed.testing", testing),

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 import wsfed
 from tests.federated.rows import points
 from tests.pointers.oracle import assert_same_state
+from tests.relay.nodes import enrolled
 from wsfed import federated, sync
 from wsfed.client.background import background
+from wsfed.relay import Hub
 
 
 @pytest.fixture
@@ -111,6 +113,58 @@ async def test_tensors_move_between_blocking_workers_behind_sockets(url: str) ->
 
     async with wsfed.Node("alice") as node, node.listen() as other:
         await asyncio.to_thread(program, other)
+
+
+@pytest.fixture
+async def hub_url() -> AsyncIterator[str]:
+    async with Hub().listen() as where, enrolled(where, "alice", "bob", tags=["digits"]):
+        yield where
+
+
+@pytest.mark.blocking
+async def test_nodes_behind_a_hub_are_used_without_await(hub_url: str) -> None:
+    def use() -> torch.Tensor:
+        with sync.hub(hub_url) as hub:
+            assert [node.id for node in hub.nodes({"digits"})] == ["alice", "bob"]
+            first = next(hub.events())
+            assert (first.kind, first.node.id) == ("joined", "alice")
+            alice, bob = hub.wait_for(2, {"digits"})
+            assert hub.workers() == [alice, bob]
+            with hub.worker("bob") as again:
+                assert again is not bob
+                again.flush()
+            with pytest.raises(wsfed.NodeUnavailable, match="no node 'carol'"):
+                hub.worker("carol")
+            with pytest.raises(wsfed.TooFewNodes, match="'alice', 'bob'"):
+                hub.wait_for(3, timeout=0)
+            return (alice.send(torch.arange(3.0)).move(bob) * 2).get()
+
+    assert torch.equal(await asyncio.to_thread(use), torch.arange(3.0) * 2)
+    assert not background.running
+
+
+@pytest.mark.blocking
+async def test_a_hub_that_was_closed_says_so_and_so_do_its_sessions(hub_url: str) -> None:
+    def use() -> None:
+        with sync.hub(hub_url) as hub:
+            alice = hub.worker("alice")
+            events = hub.events()
+            assert next(events).node.id == "alice"
+        hub.close()
+        for work in (lambda: hub.worker("alice"), hub.nodes, hub.workers, lambda: next(events)):
+            with pytest.raises(wsfed.ConnectionLost, match="closed by this program"):
+                work()
+        assert alice.closed
+        alice.close()
+
+    await asyncio.to_thread(use)
+    assert not background.running
+
+
+async def test_no_hub_is_one_error_and_no_thread() -> None:
+    with pytest.raises(wsfed.ConnectionLost, match="is a hub running there"):
+        await asyncio.to_thread(sync.hub, "ws://127.0.0.1:1")
+    assert not background.running
 
 
 def test_nobody_there_is_one_error_and_no_thread() -> None:

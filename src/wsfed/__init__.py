@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from wsfed.client.dataset import RemoteDataset
+    from wsfed.client.hub import HubClient, HubEvent, HubNode, hub
     from wsfed.client.runs import DatasetRun, Progress
     from wsfed.client.virtual import VirtualWorker
     from wsfed.client.worker import Worker, connect
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
         ConstantTooLarge,
         DatasetError,
         DeadlineExceeded,
+        EnrolmentRefused,
         FederatedError,
         GetNotPermitted,
         LocalProtocolError,
+        NodeUnavailable,
         NotCollocated,
         NotFound,
         OpNotAllowed,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
         RemoteProtocolError,
         SecAggAborted,
         SessionLost,
+        TooFewNodes,
         TooFewSites,
         UpdateRejected,
         ValueNeeded,
@@ -68,10 +72,15 @@ __all__ = [
     "DatasetError",
     "DatasetRun",
     "DeadlineExceeded",
+    "EnrolmentRefused",
     "FederatedError",
     "GetNotPermitted",
+    "HubClient",
+    "HubEvent",
+    "HubNode",
     "LocalProtocolError",
     "Node",
+    "NodeUnavailable",
     "NotCollocated",
     "NotFound",
     "OpNotAllowed",
@@ -88,6 +97,7 @@ __all__ = [
     "RemoteProtocolError",
     "SecAggAborted",
     "SessionLost",
+    "TooFewNodes",
     "TooFewSites",
     "UpdateRejected",
     "ValueNeeded",
@@ -98,6 +108,7 @@ __all__ = [
     "connect",
     "copy",
     "get",
+    "hub",
     "load_plan",
     "move",
     "plan",
@@ -107,6 +118,9 @@ __all__ = [
 _HOMES: Final = {
     "Dataset": "wsfed.worker.datasets",
     "DatasetRun": "wsfed.client.runs",
+    "HubClient": "wsfed.client.hub",
+    "HubEvent": "wsfed.client.hub",
+    "HubNode": "wsfed.client.hub",
     "Node": "wsfed.node",
     "Plan": "wsfed.pointers.plan",
     "Pointer": "wsfed.pointers.pointer",
@@ -117,6 +131,7 @@ _HOMES: Final = {
     "connect": "wsfed.client.worker",
     "copy": "wsfed.pointers.modules",
     "get": "wsfed.pointers.modules",
+    "hub": "wsfed.client.hub",
     "load_plan": "wsfed.pointers.plan",
     "move": "wsfed.pointers.modules",
     "plan": "wsfed.pointers.plan",

@@ -4,8 +4,11 @@
 
     WsfedError
     ├── ConnectionLost          the socket is gone; the session may still be resumed
+    │   └── NodeUnavailable         the hub is there, and the node behind it is not
     ├── SessionLost             the worker no longer has (or never had) this session
-    ├── AuthenticationFailed    the worker refused the token
+    ├── AuthenticationFailed    the worker or hub refused the token
+    ├── EnrolmentRefused        a hub does not take this node
+    ├── TooFewNodes             a hub has fewer such nodes than were waited for
     ├── ProtocolError           bytes that do not follow the wire protocol
     │   ├── LocalProtocolError      this side was asked to send them
     │   └── RemoteProtocolError     the peer sent them
@@ -45,9 +48,11 @@ __all__ = [
     "ConstantTooLarge",
     "DatasetError",
     "DeadlineExceeded",
+    "EnrolmentRefused",
     "FederatedError",
     "GetNotPermitted",
     "LocalProtocolError",
+    "NodeUnavailable",
     "NotCollocated",
     "NotFound",
     "OpNotAllowed",
@@ -60,6 +65,7 @@ __all__ = [
     "RemoteProtocolError",
     "SecAggAborted",
     "SessionLost",
+    "TooFewNodes",
     "TooFewSites",
     "UpdateRejected",
     "ValueNeeded",
@@ -89,6 +95,19 @@ class ConnectionLost(WsfedError):
         super().__init__(f"{what}: {reason}{then}")
 
 
+class NodeUnavailable(ConnectionLost):
+    """A hub cannot connect to a node: it is not there, has left, or does not answer.
+
+    Attributes:
+        node: its name at the hub.
+        code: ``"no-node"``, ``"left"``, ``"no-answer"``, or another word of the hub's.
+    """
+
+    def __init__(self, url: str, reason: str, node: str, code: str, worker: str = "") -> None:
+        self.node, self.code = node, code
+        super().__init__(url, reason, worker)
+
+
 class SessionLost(WsfedError):
     """The worker has no such session: it restarted, or the time to live ran out.
 
@@ -105,16 +124,62 @@ class SessionLost(WsfedError):
 
 
 class AuthenticationFailed(WsfedError):
-    """The worker refused the token (or asked for one and got none).
+    """A worker or hub refused the token (or asked for one and got none).
 
     Attributes:
-        url: the worker's address.
-        reason: the worker's sentence.
+        url: its address.
+        reason: its sentence.
     """
 
     def __init__(self, url: str, reason: str) -> None:
         self.url, self.reason = url, reason
         super().__init__(f"{url} refused the connection: {reason}")
+
+
+class EnrolmentRefused(WsfedError):
+    """A hub does not take this node.
+
+    Attributes:
+        url: the hub's address.
+        code: a short word, such as ``"taken"`` for a name that another node has.
+        reason: the hub's sentence.
+    """
+
+    def __init__(self, url: str, code: str, reason: str) -> None:
+        self.url, self.code, self.reason = url, code, reason
+        super().__init__(f"the hub at {url} does not take this node: {reason}")
+
+
+class TooFewNodes(WsfedError, TimeoutError):
+    """A hub has fewer nodes than were waited for.
+
+    Attributes:
+        url: the hub's address.
+        wanted: how many.
+        tags: that they had to have.
+        there: names of those that were there and had them.
+        others: names of those that were there and had them not.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        wanted: int,
+        tags: Sequence[str],
+        there: Sequence[str],
+        others: Sequence[str],
+        seconds: float,
+        more: str = "",
+    ) -> None:
+        self.url, self.wanted, self.tags = url, wanted, tuple(tags)
+        self.there, self.others = tuple(there), tuple(others)
+        with_tags = f" with {', '.join(map(repr, self.tags))}" if self.tags else ""
+        named = ", ".join(map(repr, self.there[:10])) or "none"
+        left = f"; without these tags: {', '.join(map(repr, self.others[:10]))}" if others else ""
+        super().__init__(
+            f"{wanted} nodes{with_tags} were wanted at {url}, and {len(self.there)} came within "
+            f"{seconds:g} s: {named}{left}{more and f' ({more})'}"
+        )
 
 
 class ProtocolError(WsfedError):

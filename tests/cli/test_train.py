@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from wsfed.cli import app
 from wsfed.cli.config import Configuration
 from wsfed.federated import Cast, Compression, Quantise, TopK
-from wsfed.testing import worker_process
+from wsfed.testing import hub_process, worker_process
 
 SIMULATED = """
 [model]
@@ -177,6 +177,32 @@ def test_worker_processes_train(folder: Path, urls: list[str]) -> None:
     rows = points(200, 7)
     outputs = model(torch.from_numpy(rows["x"]))
     assert F.cross_entropy(outputs, torch.from_numpy(rows["labels"])).item() < 0.6
+
+
+@pytest.mark.processes
+@pytest.mark.blocking
+def test_worker_processes_behind_a_hub_train_as_those_that_listen(
+    folder: Path, tmp_path: Path, urls: list[str]
+) -> None:
+    at = SIMULATED.index("[simulation]")
+    (folder / "train.toml").write_text(SIMULATED[:at] + f"[workers]\nurls = {urls}\n")
+    run("train", "-q", folder / "train.toml")
+    listening = load_file(folder / "runs" / "model.safetensors")
+    with ExitStack() as stack:
+        hub = stack.enter_context(hub_process())
+        for name in ("alice", "bob"):
+            options = ["--id", name, "--dataset", f"points={tmp_path / name}.npz"]
+            options += ["--connect", hub["url"], "--tag", "points"]
+            stack.enter_context(worker_process(*options))
+        at_hub = f'[workers]\nhub = "{hub["url"]}"\nwait_for = 2\ntags = ["points"]\n'
+        out = '[output]\nfolder = "behind"\n'
+        (folder / "train.toml").write_text(SIMULATED[:at] + at_hub + out)
+        run("train", "-q", folder / "train.toml")
+        few = at_hub.replace("wait_for = 2", "wait_for = 3") + "timeout = 0.01\n"
+        (folder / "train.toml").write_text(SIMULATED[:at] + few + out)
+        assert "'alice', 'bob'" in run("train", "-q", folder / "train.toml", code=1)
+    for name, value in load_file(folder / "behind" / "model.safetensors").items():
+        assert torch.equal(value, listening[name]), name
 
 
 @pytest.mark.processes

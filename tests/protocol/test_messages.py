@@ -13,7 +13,7 @@ from wsfed.protocol import messages as m
 from wsfed.protocol.codec import Outgoing, decode, encode, pack
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "frames.json"
-ALL = (m.CONTROL, m.COMMANDS, m.REPLIES, m.STREAM)
+ALL = (m.CONTROL, m.COMMANDS, m.REPLIES, m.STREAM, m.HUB)
 FAILURE = ["RemoteError", "RuntimeError", "no", "torch.add", ["float32[2]"], 0]
 
 #: One of each; the vectors are made of them.
@@ -60,6 +60,16 @@ EXAMPLES: list[m.Message] = [
     m.RequestFailed(3, 5, 0, FAILURE),
     m.Failed(5, 0, True, FAILURE),
     m.Progress(7, 2, [[0.5], [0.25]]),
+    m.Enrol(1, "secret", "phone-7", b"k" * 16, "portable", ["digits"], ["mm@1", "conv@1"]),
+    m.Enrolled(),
+    m.Ring(b"t" * 32),
+    m.Answer(1, b"t" * 32),
+    m.Call(1, None, "phone-7"),
+    m.Through(),
+    m.Watch(1, "secret"),
+    m.Joined("phone-7", "portable", ["digits"], ["mm@1", "conv@1"], 1_700_000_000),
+    m.Present(),
+    m.Left("phone-7", "its connection broke"),
 ]
 
 
@@ -75,7 +85,7 @@ def test_there_is_an_example_of_every_message() -> None:
 def vector_of(message: m.Message) -> dict[str, Any]:
     tensors = [Outgoing("float32", (2,), memoryview(b"\x00\x00\x80?\x00\x00\x00@"))]
     carries = any(name == "tensor" for name, _ in message.checks)
-    seq = 0 if message.kind == m.CONTROL else 3
+    seq = 0 if message.kind in (m.CONTROL, m.HUB) else 3
     frame = encode(seq, 2, [pack(message.wire())], tensors if carries else ())
     return {"message": type(message).__name__, "kind": message.kind, "frame": b"".join(frame).hex()}
 
@@ -119,6 +129,12 @@ def test_the_golden_vectors_decode_to_the_examples() -> None:
         ([41, 2**64], "Seed.seed has to be"),
         ([43, "d", ["x"], [1], None, 0, 0], "Batch.batch_size has to be"),
         ([67, 1, 0, True, ["a", "b"]], "Failed.failure has to be"),
+        ([96, 1, None, "", b"", "torch", [], []], "Enrol.node has to be a name"),
+        ([96, 1, None, " bob", b"", "torch", [], []], "Enrol.node has to be a name"),
+        ([96, 1, None, "bob\n", b"", "torch", [], []], "Enrol.node has to be a name"),
+        ([96, 1, None, "b" * 129, b"", "torch", [], []], "Enrol.node has to be a name"),
+        ([96, 1, None, "bob", b"", "torch", ["x"] * 33, []], "Enrol.tags has to be"),
+        ([96, 1, None, "bob", b"", "torch", [], ["\x1b[2J"]], "Enrol.capabilities has to be"),
     ],
 )
 def test_a_wrong_message_is_refused_with_its_name_and_field(raw: Any, says: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``wsfed worker``, ``status``, ``train``, ``simulate`` and others.
+"""The command line: ``wsfed worker``, ``hub``, ``status``, ``train``, ``simulate`` and others.
 
 Exit codes: 0 success, 1 it did not work (the reason is on stderr), 2 wrong usage.
 """
@@ -11,6 +11,7 @@ import typer
 
 import wsfed
 from wsfed.cli.demo import demo
+from wsfed.cli.hub import hub
 from wsfed.cli.roster import keygen, roster
 from wsfed.cli.status import status
 from wsfed.cli.train import simulate, train
@@ -44,6 +45,7 @@ def _root(
 
 
 app.command()(worker)
+app.command()(hub)
 app.command()(status)
 app.command()(demo)
 app.command()(train)

@@ -126,11 +126,16 @@ class DataSection(_Section):
 
 
 class WorkersSection(_Section):
-    """``[workers]``: where they are."""
+    """``[workers]``: where they are, or the hub that they have dialled."""
 
     urls: list[str] = Field(default_factory=list)
     file: Path | None = None
     token_file: Path | None = None
+    hub: str | None = None
+    hub_token_file: Path | None = None
+    wait_for: Annotated[int, Field(ge=1)] = 1
+    tags: list[str] = Field(default_factory=list)
+    timeout: Annotated[float, Field(gt=0)] = 60.0
 
 
 class CompressionTable(_Section):

@@ -188,18 +188,29 @@ async def _workers(
 
     section = settings.workers
     urls = list(section.urls)
-    token = None
+    token = hub_token = None
     try:
         if section.file is not None:
             told = json.loads((base / section.file).read_text())
             urls += [each["url"] for each in told["workers"]]
         if section.token_file is not None:
             token = (base / section.token_file).read_text().strip()
+        if section.hub_token_file is not None:
+            hub_token = (base / section.hub_token_file).read_text().strip()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FederatedError(f"[workers] {error}") from None
-    if not urls:
-        raise FederatedError("[workers] there are no urls, and no file of scripts/start_workers.py")
-    yield [partial(wsfed.connect, url, token=token) for url in urls], {}
+    openers = [partial(wsfed.connect, url, token=token) for url in urls]
+    if section.hub is None:
+        if not urls:
+            raise FederatedError(
+                "[workers] there are no urls, no file of scripts/start_workers.py and no hub"
+            )
+        yield openers, {}
+        return
+    async with wsfed.hub(section.hub, token=hub_token) as hub:
+        there = await hub.wait_for_nodes(section.wait_for, section.tags, timeout=section.timeout)
+        names = sorted(node.id for node in there)
+        yield [*openers, *(partial(hub.worker, name, token=token) for name in names)], {}
 
 
 @asynccontextmanager

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import gc
 import inspect
 import json
-import logging
 import os
 import re
-import signal
 import ssl as ssl_module
 import sys
-import threading
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wsfed.cli.serving import (
+    cannot_listen,
+    fail,
+    read_tls,
+    read_token,
+    set_up_log,
+    stopped,
+    usage,
+)
+
 if TYPE_CHECKING:
+    from wsfed.node import Enrolment, Node
     from wsfed.privacy.roster import Membership
     from wsfed.worker.datasets import Dataset
     from wsfed.worker.providers import Provider
@@ -43,6 +50,8 @@ Examples:
 
   wsfed worker --id alice --roster clinics.json --roster-owner 4b1e… --key alice.key \\
       --journal alice.journal
+
+  wsfed worker --connect ws://127.0.0.1:8770 --id alice --tag digits   # through wsfed hub
 
   wsfed worker --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token.txt
 """
@@ -107,6 +116,21 @@ def worker(
     direct: Annotated[
         bool, typer.Option(help="Take tensors to other workers when a client asks for it.")
     ] = True,
+    connect: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Do not listen, but be reached through this hub."),
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD", help="With --connect: clients look for nodes by tags."),
+    ] = None,
+    hub_token_file: Annotated[
+        Path | None, typer.Option(help="With --connect: file with the token that the hub asks for.")
+    ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(help="With --connect: certificates to trust (PEM), for wss://."),
+    ] = None,
     roster: Annotated[
         Path | None, typer.Option(help="Take part in secure aggregation with these members.")
     ] = None,
@@ -143,10 +167,7 @@ def worker(
 
     It binds 127.0.0.1 unless told otherwise, and prints its URL when it is ready.
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    set_up_log(verbose)
     # Only now: --help and mistakes should not wait for torch.
     from wsfed.node import check_exposure
 
@@ -154,9 +175,13 @@ def worker(
         host, tls=tls_cert is not None, token=token_file is not None, insecure=insecure
     )
     if refusal:
-        _usage(refusal)
+        usage(refusal)
     if not id.strip():
-        _usage("--id needs a name")
+        usage("--id needs a name")
+    if connect is None and (tag or hub_token_file or tls_ca):
+        usage("--tag, --hub-token-file and --tls-ca go with --connect")
+    if connect is not None and (tls_cert or tls_key):
+        usage("--connect dials and does not listen; --tls-cert and --tls-key are the hub's")
     membership = _membership(id, roster, roster_owner, key, journal, cohort_moves, alike_rows)
     strict = _ledger(releases, ledger)
     node = _node(
@@ -164,12 +189,20 @@ def worker(
         _offered(dataset or [], transform or [], split or [], open or []),
         *(open or [], device, max_memory, threads, token_file, direct, membership, strict),
     )
-    ssl = _tls(tls_cert, tls_key)
-    try:
-        idle = asyncio.run(_serve(node, host, port, ssl, as_json, until_eof))
-    except OSError as error:
-        advice = "; try --port 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-        _fail(f"cannot listen on {host}:{port}: {error.strerror or error}{advice}")
+    if connect is not None:
+        secret = read_token(hub_token_file, "--hub-token-file") if hub_token_file else None
+        trusted = _trusted(connect, tls_ca)
+        dialling = node.enrol(connect, tags=tag or (), token=secret, ssl=trusted)
+        try:
+            idle = asyncio.run(_enrol(node, dialling, as_json, until_eof))
+        except ValueError as error:
+            usage(f"--connect: {error}")
+    else:
+        listening = node.listen(host, port, read_tls(tls_cert, tls_key))
+        try:
+            idle = asyncio.run(_serve(node, listening, as_json, until_eof))
+        except OSError as error:
+            cannot_listen(host, port, error)
     if not idle:
         # A kernel that has not come back by now would abort the interpreter's own shutdown.
         sys.stdout.flush()
@@ -190,7 +223,7 @@ def _node(
     direct: bool,
     membership: Membership | None,
     ledger: Ledger | None,
-) -> object:
+) -> Node:
     import torch
 
     from wsfed.node import Node
@@ -198,11 +231,11 @@ def _node(
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        _usage(f"--device {device}: {str(error).splitlines()[0]}")
+        usage(f"--device {device}: {str(error).splitlines()[0]}")
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = [part for each in offered for part in _loaded(each, opened, device)]
-    token = _token(token_file) if token_file else None
+    token = read_token(token_file) if token_file else None
     size = parse_size(max_memory) if max_memory else None
     return Node(
         id,
@@ -238,22 +271,22 @@ def _offered(
         steps = [parse_transform(text) for text in transforms]
         parts = [parse_split(text) for text in splits]
     except ValueError as error:
-        _usage(str(error))
+        usage(str(error))
     names = [name for name, _ in named]
     for option, given in (("--transform", steps), ("--split", parts)):
         for name, *_ in given:
             if name not in names:
-                _usage(f"{option} {name}: there is no --dataset of that name")
+                usage(f"{option} {name}: there is no --dataset of that name")
     validation = [f"{name}-validation" for name, *_ in parts]
     names += validation
     if len(set(validation)) < len(validation):
         twice = max(validation, key=validation.count).removesuffix("-validation")
-        _usage(f"--split {twice}: it is given twice")
+        usage(f"--split {twice}: it is given twice")
     if len(set(names)) < len(names):
-        _usage(f"--dataset {max(names, key=names.count)}: that name is given twice")
+        usage(f"--dataset {max(names, key=names.count)}: that name is given twice")
     unknown = set(opened) - set(names)
     if unknown:
-        _usage(f"--open {sorted(unknown)[0]}: there is no --dataset of that name")
+        usage(f"--open {sorted(unknown)[0]}: there is no --dataset of that name")
     split = {name: (fraction, seed) for name, fraction, seed in parts}
     return [
         _Offered(
@@ -278,7 +311,7 @@ def _loaded(offered: _Offered, opened: list[str], device: str) -> list[Dataset]:
         whole = load(offered.name, offered.source, transforms=offered.transforms, device=device)
         parts = [whole] if offered.split is None else [*whole.split(*offered.split)]
     except (DatasetError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     return [replace(each, open=each.name in opened) for each in parts]
 
 
@@ -294,108 +327,102 @@ def _membership(
     if roster is None and owner is None and key is None and journal is None:
         return None
     if roster is None or owner is None or key is None or journal is None:
-        _usage("--roster, --roster-owner, --key and --journal go together")
+        usage("--roster, --roster-owner, --key and --journal go together")
     from wsfed.cli.roster import membership_of
 
     try:
         return membership_of(id, roster, owner, key, journal, moves, alike)
     except (OSError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _ledger(rules: str | None, path: Path | None) -> Ledger | None:
     if rules is None:
         if path is not None:
-            _usage("--ledger goes with --releases")
+            usage("--ledger goes with --releases")
         return None
     from wsfed.worker.strict import Ledger, parse_releases
 
     try:
         parsed = parse_releases(rules)
     except ValueError as error:
-        _usage(f"--releases {error}")
+        usage(f"--releases {error}")
     if parsed.budget is None:
         typer.secho("wsfed worker: --releases without budget= ends never", fg="yellow", err=True)
     if parsed.budget is not None and path is None:
-        _usage("--releases with a budget needs --ledger, which outlives the worker")
+        usage("--releases with a budget needs --ledger, which outlives the worker")
     try:
         return Ledger(parsed, path)
     except ImportError:
-        _fail("a budget needs opacus: pip install 'wsfed[dp]'")
+        fail("a budget needs opacus: pip install 'wsfed[dp]'")
     except (OSError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-def _token(file: Path) -> str:
+def _trusted(url: str, ca: Path | None) -> ssl_module.SSLContext | None:
+    """What to trust of a hub, whose URL is checked, too."""
+    from wsfed.transport.websocket import check_url
+
     try:
-        token = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        _fail(f"--token-file {file}: {getattr(error, 'strerror', None) or error}")
-    if not token or len(token.split()) > 1:
-        _usage(f"--token-file {file}: it has to hold one word, the token")
-    return token
-
-
-def _tls(cert: Path | None, key: Path | None) -> ssl_module.SSLContext | None:
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
-        _usage("--tls-cert and --tls-key go together")
-    context = ssl_module.SSLContext(ssl_module.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(cert, key)
-    except (OSError, ssl_module.SSLError) as error:
-        _fail(f"{cert}, {key}: {error}")
-    return context
+        trusted = None if ca is None else ssl_module.create_default_context(cafile=ca)
+        check_url(url, trusted)
+    except OSError as error:
+        fail(f"--tls-ca {ca}: {error.strerror or error}")
+    except ValueError as error:
+        usage(f"--connect: {error}")
+    return trusted
 
 
 async def _serve(
-    node: object,
-    host: str,
-    port: int,
-    ssl: ssl_module.SSLContext | None,
-    as_json: bool,
-    until_eof: bool,
+    node: Node, listening: AbstractAsyncContextManager[str], as_json: bool, until_eof: bool
 ) -> bool:
-    from wsfed.node import Node
+    stop = stopped(until_eof)
+    _settle()
+    async with node, listening as url:
+        _tell(node, {"url": url}, f"on {url}", as_json)
+        await stop.wait()
+    return await node.join(0)
+
+
+async def _enrol(
+    node: Node, dialling: AbstractAsyncContextManager[Enrolment], as_json: bool, until_eof: bool
+) -> bool:
+    stop = stopped(until_eof)
+    _settle()
+    async with node, dialling as enrolment:
+        await _one_of(stop, enrolment.failed, enrolment.enrolled)
+        if enrolment.enrolled.is_set():
+            _tell(node, {"hub": enrolment.url}, f"at the hub {enrolment.url}", as_json)
+        await _one_of(stop, enrolment.failed)
+    if enrolment.error is not None:
+        fail(str(enrolment.error))
+    return await node.join(0)
+
+
+async def _one_of(*events: asyncio.Event) -> None:
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
+
+
+def _settle() -> None:
     from wsfed.worker.memory import keep_memory
 
-    assert isinstance(node, Node)
     keep_memory()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if until_eof:
-        threading.Thread(target=_read_to_the_end, args=(loop, stop), daemon=True).start()
     # What is there by now stays, and commands come and go in numbers: looking through all of it
     # for cycles would take a tenth of the time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    async with node, node.listen(host, port, ssl) as url:
-        if as_json:
-            typer.echo(json.dumps({"url": url, **node.info}))
-        else:
-            rows = ", ".join(f"{name} ({d.rows} rows)" for name, d in node.datasets.items())
-            typer.echo(f"worker {node.id} on {url}" + (f" offers {rows}" if rows else ""))
-        sys.stdout.flush()
-        await stop.wait()
-    return await node.join(0)
 
 
-def _read_to_the_end(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Whoever started this worker holds the other end of its standard input, and may be killed."""
-    while os.read(0, 4096):
-        pass
-    with contextlib.suppress(RuntimeError):  # the loop has ended by itself
-        loop.call_soon_threadsafe(stop.set)
-
-
-def _usage(text: str) -> NoReturn:
-    raise typer.BadParameter(text)
-
-
-def _fail(text: str) -> NoReturn:
-    typer.secho(f"wsfed worker: {text}", fg="red", err=True)
-    raise typer.Exit(1)
+def _tell(node: Node, where: dict[str, str], words: str, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**where, **node.info}))
+    else:
+        rows = ", ".join(f"{name} ({d.rows} rows)" for name, d in node.datasets.items())
+        typer.echo(f"worker {node.id} {words}" + (f" offers {rows}" if rows else ""))
+    sys.stdout.flush()

@@ -29,6 +29,7 @@ from wsfed.errors import (
     AuthenticationFailed,
     ConnectionLost,
     LocalProtocolError,
+    NodeUnavailable,
     RemoteProtocolError,
     SessionLost,
     WsfedError,
@@ -95,7 +96,8 @@ class Connection(Link):
 
     Args:
         url: where the worker is, for errors and for other workers.
-        open_wire: makes a connection; raises ``WireLost``.
+        open_wire: makes a connection; raises ``WireLost``, or what it is no use to try again
+            after.
         loop: where everything but ``issue`` and its like runs.
         token: shown to the worker.
         blocking: calls that bring something back return it instead of an awaitable; but see
@@ -200,18 +202,23 @@ class Connection(Link):
             _log.exception("the connection to %s ended unexpectedly", self.url)
             self._die(self._lost(f"{type(error).__name__}: {error}"))
 
-    def _lost(self, reason: str) -> ConnectionLost:
-        return ConnectionLost(self.url, reason, self.worker.id if self.info else "")
+    def _lost(self, reason: str, code: str = "") -> ConnectionLost:
+        known = self.worker.id if self.info else ""
+        if code:
+            return NodeUnavailable(self.url, reason, self.worker.id, code, known)
+        return ConnectionLost(self.url, reason, known)
 
     async def _keep_connected(self) -> None:
         attempt = 0
         give_up: float | None = None
         while True:
-            self._was_live = False
+            self._was_live, code = False, ""
             try:
                 wire = await self._open_wire()
             except WireLost as lost:
-                reason = lost.reason
+                reason, code = lost.reason, lost.code
+            except WsfedError as error:  # there is no use in trying again
+                self._die(error)
             else:
                 reason = await self._use(wire)
             if self._dead is not None:
@@ -220,7 +227,7 @@ class Connection(Link):
             if give_up is None or self._was_live:
                 attempt, give_up = 0, now + self._reconnect
             if self.session.state is State.IDLE or now >= give_up:
-                self._die(self._lost(reason))
+                self._die(self._lost(reason, code))
                 return
             longest = min(_BACK_OFF[1], _BACK_OFF[0] * 2 ** min(attempt, 16), give_up - now)
             await asyncio.sleep(random.uniform(0, longest))

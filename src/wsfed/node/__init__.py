@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wsfed.node.enrolment import Enrolment
 from wsfed.node.node import Node, check_exposure, default_max_memory
 
-__all__ = ["Node", "check_exposure", "default_max_memory"]
+__all__ = ["Enrolment", "Node", "check_exposure", "default_max_memory"]

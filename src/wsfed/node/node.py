@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from wsfed.errors import RemoteProtocolError
+from wsfed.node.enrolment import Enrolment
 from wsfed.node.hosted import Attached, Hosted
 from wsfed.protocol import limits
 from wsfed.protocol import messages as m
 from wsfed.protocol.codec import encode, pack
 from wsfed.protocol.session import read_greeting
 from wsfed.transport.carrier import carry
-from wsfed.transport.websocket import dial, is_loopback, listen
+from wsfed.transport.websocket import check_exposure, check_url, dial, listen
 from wsfed.transport.wire import Wire, WireLost
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.executor import Executor
@@ -177,6 +178,46 @@ class Node:
             finally:
                 await self._say_goodbye()
 
+    @asynccontextmanager
+    async def enrol(
+        self,
+        url: str,
+        *,
+        tags: Iterable[str] = (),
+        token: str | None = None,
+        ssl: ssl_module.SSLContext | None = None,
+    ) -> AsyncIterator[Enrolment]:
+        """Be reached through a hub while the context lasts, instead of listening.
+
+        The hub is dialled again and again until it is there, and whenever it is lost.
+
+        Args:
+            url: ``ws://host:port`` or ``wss://host:port`` of the hub.
+            tags: what clients look for.
+            token: shown to the hub.
+            ssl: certificates to trust, for ``wss``.
+
+        Raises:
+            ValueError: the URL, the node's name or a tag is none.
+        """
+        check_url(url, ssl)
+        enrolment = Enrolment(
+            url,
+            self.serve,
+            node=self.id,
+            tags=list(tags),
+            capabilities=[f"torch/{torch.__version__}", f"device/{self.device}"],
+            token=token,
+            ssl=ssl,
+        )
+        task = asyncio.create_task(enrolment.run(), name=f"wsfed {self.id} at {url}")
+        try:
+            yield enrolment
+        finally:
+            await self._say_goodbye()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     async def serve(self, wire: Wire) -> None:
         """Serve one connection until it ends."""
         try:
@@ -322,18 +363,3 @@ async def _answer(wire: Wire, message: m.Message) -> None:
     except WireLost:
         pass
     await wire.close()
-
-
-def check_exposure(host: str, *, tls: bool, token: bool, insecure: bool) -> str | None:
-    """Why a worker should not listen on ``host``, or ``None`` where it may.
-
-    Beyond this machine a worker needs TLS and a token, unless its owner says in so many words
-    that the network is trusted.
-    """
-    if is_loopback(host) or insecure or (tls and token):
-        return None
-    missing = " and no ".join(word for word, there in (("TLS", tls), ("token", token)) if not there)
-    return (
-        f"{host} can be reached from other machines, and it has no {missing}; give --tls-cert, "
-        "--tls-key and --token-file, or say --insecure if every machine there is trusted"
-    )

@@ -13,16 +13,23 @@ __all__ = [
     "ALIGNMENT",
     "BATCH_BYTES",
     "CHUNK_BYTES",
+    "DIAL_BACK_SECONDS",
     "HANDSHAKE_SECONDS",
     "HEARTBEAT_SECONDS",
     "INLINE_BYTES",
+    "MAX_CALLS",
+    "MAX_CALLS_OF_NODE",
+    "MAX_CAPABILITIES",
     "MAX_CONSTANT_BYTES",
     "MAX_DEPTH",
     "MAX_DIMENSIONS",
     "MAX_FRAME_BYTES",
     "MAX_HEADER_BYTES",
+    "MAX_HUB_BYTES",
     "MAX_ID",
     "MAX_IDS",
+    "MAX_NAME",
+    "MAX_NODES",
     "MAX_OPEN_STREAMS",
     "MAX_PLANS",
     "MAX_PLAN_BYTES",
@@ -30,6 +37,8 @@ __all__ = [
     "MAX_TAGS",
     "MAX_TENSOR_BYTES",
     "MAX_TEXT",
+    "MAX_WATCHERS",
+    "PROBE_SECONDS",
     "REPLY_BACKLOG_BYTES",
     "SESSION_TTL_SECONDS",
     "SILENCE_SECONDS",
@@ -130,3 +139,31 @@ HANDSHAKE_SECONDS = 10.0
 
 #: A session without a connection lives this long (monotonic clock).
 SESSION_TTL_SECONDS = 120.0
+
+#: A message between a hub and those that dial it, frame and all. The longest announcement that the
+#: bounds below allow has 21 KiB in ASCII; unpacked, what is no announcement takes 2 MiB at most.
+MAX_HUB_BYTES = 32 * 1024
+
+#: Characters of a node's name, of a tag and of a capability, as a hub's page shows them.
+MAX_NAME = 128
+
+#: Capabilities that a node announces: kernel families of a portable worker, with room to grow.
+MAX_CAPABILITIES = 128
+
+#: Nodes that a hub keeps: about 20 KiB each while they are idle.
+MAX_NODES = 10_000
+
+#: Clients that wait at a hub for a node to dial back, all together.
+MAX_CALLS = 1024
+
+#: Clients that wait for the same one, so that a node that does not answer leaves room for others.
+MAX_CALLS_OF_NODE = 64
+
+#: Clients that are told by a hub who comes and goes.
+MAX_WATCHERS = 1024
+
+#: A node that is called dials back within this time, handshake and TLS included.
+DIAL_BACK_SECONDS = 10.0
+
+#: A node whose name another one claims shows within this time that it is there.
+PROBE_SECONDS = 5.0

@@ -5,9 +5,10 @@ field states what it accepts; :func:`parse` refuses everything else with the nam
 and of the field. Tensors are not in messages: a message holds an index into the tensor table of
 its frame (:mod:`wsfed.protocol.codec`).
 
-Three kinds: *control* messages manage the connection and stand outside the numbered stream;
-*commands* go from client to worker and *replies* from worker to client, both numbered, ordered
-and delivered exactly once.
+*Control* messages manage the connection and stand outside the numbered stream; *commands* go from
+client to worker and *replies* from worker to client, both numbered, ordered and delivered exactly
+once. *Hub* messages, outside of it as well, are between a hub and the nodes and clients that dial
+it, until it has connected two of them.
 """
 
 from __future__ import annotations
@@ -25,34 +26,43 @@ __all__ = [
     "BY_CODE",
     "COMMANDS",
     "CONTROL",
+    "HUB",
     "REPLIES",
     "STREAM",
     "Ack",
+    "Answer",
     "Backward",
     "Batch",
+    "Call",
     "Cancel",
     "Chunk",
     "Clone",
     "Define",
     "Delete",
     "Describe",
+    "Enrol",
+    "Enrolled",
     "Execute",
     "Failed",
     "Flush",
     "Get",
     "Goodbye",
     "Hello",
+    "Joined",
+    "Left",
     "Message",
     "Move",
     "OpenDataset",
     "OpenStream",
     "Ping",
+    "Present",
     "Progress",
     "Receive",
     "Refused",
     "RequestFailed",
     "Resume",
     "Resumed",
+    "Ring",
     "Run",
     "RunOver",
     "Search",
@@ -63,7 +73,9 @@ __all__ = [
     "Store",
     "Tag",
     "TensorReply",
+    "Through",
     "ValueReply",
+    "Watch",
     "Welcome",
     "parse",
 ]
@@ -74,6 +86,7 @@ CONTROL: Final = "control"
 COMMANDS: Final = "command"
 REPLIES: Final = "reply"
 STREAM: Final = "stream"  # a numbered message of either direction
+HUB: Final = "hub"
 
 
 class Message:
@@ -185,6 +198,27 @@ def _mapping() -> Any:
     return _field("a map with text keys", lambda value: type(value) is dict)
 
 
+def _is_name(value: Any) -> bool:
+    """What people read, and write on a command line: no blanks around it, no line breaks."""
+    return (
+        type(value) is str
+        and 0 < len(value) <= limits.MAX_NAME
+        and value.isprintable()
+        and value == value.strip()
+    )
+
+
+def _name() -> Any:
+    return _field(
+        f"a name of at most {limits.MAX_NAME} printable characters, without blanks around it",
+        _is_name,
+    )
+
+
+def _names(most: int) -> Any:
+    return _field(f"a list of at most {most} names", _list_of(_is_name, most))
+
+
 _M = TypeVar("_M", bound=Message)
 
 
@@ -201,6 +235,8 @@ _M = TypeVar("_M", bound=Message)
         _texts,
         _mapping,
         _failure,
+        _name,
+        _names,
     ),
 )
 def _message(code: int, kind: str) -> Callable[[type[_M]], type[_M]]:
@@ -645,6 +681,91 @@ class Progress(Message):
     values: list[list[float]] = _field(
         "a list of lists of fractional numbers", _list_of(_are_numbers, limits.MAX_IDS)
     )
+
+
+# --- hub: between a hub and those that dial it ----------------------------------------------------
+
+
+@_message(96, HUB)
+class Enrol(Message):
+    """A node's first message on the connection that it keeps: who it is, and what it offers."""
+
+    version: int = _uint()
+    token: str | None = _field("text or nothing", _maybe(_is_text))
+    node: str = _name()
+    #: Random, of this process; whoever shows it again is the same node, and takes over.
+    key: bytes = _bytes()
+    #: What it runs: ``"torch"`` or ``"portable"``.
+    profile: str = _name()
+    tags: list[str] = _names(limits.MAX_TAGS)
+    capabilities: list[str] = _names(limits.MAX_CAPABILITIES)
+
+
+@_message(97, HUB)
+class Enrolled(Message):
+    """The hub knows the node now."""
+
+
+@_message(98, HUB)
+class Ring(Message):
+    """A client wants a session: the node dials once more, and shows this ticket there."""
+
+    ticket: bytes = _bytes()
+
+
+@_message(99, HUB)
+class Answer(Message):
+    """A node's first message on a connection that it was asked for."""
+
+    version: int = _uint()
+    ticket: bytes = _bytes()
+
+
+@_message(100, HUB)
+class Call(Message):
+    """A client's first message: it wants to be connected to a node."""
+
+    version: int = _uint()
+    token: str | None = _field("text or nothing", _maybe(_is_text))
+    node: str = _name()
+
+
+@_message(101, HUB)
+class Through(Message):
+    """Both sides are there: what follows is theirs, and the hub does not read it."""
+
+
+@_message(102, HUB)
+class Watch(Message):
+    """A client's first message: it wants to be told who is there, comes and goes."""
+
+    version: int = _uint()
+    token: str | None = _field("text or nothing", _maybe(_is_text))
+
+
+@_message(103, HUB)
+class Joined(Message):
+    """A node is there."""
+
+    node: str = _name()
+    profile: str = _name()
+    tags: list[str] = _names(limits.MAX_TAGS)
+    capabilities: list[str] = _names(limits.MAX_CAPABILITIES)
+    #: Seconds since 1970.
+    since: int = _uint()
+
+
+@_message(104, HUB)
+class Present(Message):
+    """All nodes that were there when the client came have been told."""
+
+
+@_message(105, HUB)
+class Left(Message):
+    """A node is gone."""
+
+    node: str = _name()
+    reason: str = _text()
 
 
 BY_CODE: Final[Mapping[int, type[Message]]] = MappingProxyType(

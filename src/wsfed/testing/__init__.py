@@ -4,7 +4,7 @@
   this process, behind a socket, and whatever comes later.
 - :class:`Recorder`: what passes between client and worker, and how often the client waited.
 - :class:`FaultyWire`: a wire that breaks after so many messages.
-- :func:`worker_process`: a worker process for as long as a context lasts.
+- :func:`worker_process`, :func:`hub_process`: a process for as long as a context lasts.
 - :func:`worker_over`: a worker's handle over any wire; :func:`memory_wires`: two ends of one.
 - :mod:`wsfed.testing.coverage`: torch's own test databases, run through pointers.
 """
@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from wsfed.testing.conformance import CHECKS, Connect, check_worker
-from wsfed.testing.processes import worker_process
+from wsfed.testing.processes import hub_process, worker_process
 from wsfed.testing.wires import FaultyWire, Recorder, worker_over
 from wsfed.transport.memory import pair as memory_wires
 from wsfed.transport.websocket import dial
@@ -27,6 +27,7 @@ __all__ = [
     "WireLost",
     "check_worker",
     "dial",
+    "hub_process",
     "memory_wires",
     "worker_over",
     "worker_process",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import ssl as ssl_module
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -19,14 +20,15 @@ from websockets.exceptions import (
     WebSocketException,
 )
 from websockets.http11 import Request, Response
-from websockets.typing import Subprotocol
+from websockets.protocol import State
+from websockets.typing import Origin, Subprotocol
 
 from wsfed.errors import RemoteProtocolError
 from wsfed.protocol import limits
 from wsfed.protocol.codec import Buffer
 from wsfed.transport.wire import SUBPROTOCOL, WireLost
 
-__all__ = ["WebSocketWire", "check_url", "dial", "is_loopback", "listen"]
+__all__ = ["Page", "WebSocketWire", "check_exposure", "check_url", "dial", "is_loopback", "listen"]
 
 #: Both ends. Compression is off: the noise in floats does not compress, and deflate triples the
 #: memory of a connection. The library's pings are off: the protocol has signs of life of its own,
@@ -44,6 +46,16 @@ _SETTINGS: Final[dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a plain HTTP request is answered with."""
+
+    text: str
+    status: int = 200
+    kind: str = "text/plain; charset=utf-8"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 class WebSocketWire:
     """A :class:`~wsfed.transport.wire.Wire` over one WebSocket."""
 
@@ -56,6 +68,10 @@ class WebSocketWire:
             await self._socket.send(message[0] if len(message) == 1 else b"".join(message))
         except ConnectionClosed as error:
             raise WireLost(_reason(error)) from None
+        except AttributeError:
+            if not self._is_lost:
+                raise
+            raise WireLost("the connection broke") from None
 
     async def receive(self) -> Buffer:
         """See :class:`~wsfed.transport.wire.Wire`."""
@@ -71,7 +87,18 @@ class WebSocketWire:
 
     async def close(self, reason: str = "") -> None:
         """See :class:`~wsfed.transport.wire.Wire`."""
-        await self._socket.close(reason=reason.encode()[:120].decode(errors="ignore"))
+        try:
+            await self._socket.close(reason=reason.encode()[:120].decode(errors="ignore"))
+        except AttributeError:
+            if not self._is_lost:
+                raise
+
+    @property
+    def _is_lost(self) -> bool:
+        """asyncio's transport that was lost with data in its buffer cannot be aborted any more
+        (CPython 3.11), which websockets does to make sure.
+        """
+        return self._socket.state is State.CLOSED
 
 
 def _reason(error: ConnectionClosed) -> str:
@@ -82,7 +109,7 @@ def _reason(error: ConnectionClosed) -> str:
 
 
 def check_url(url: str, ssl: ssl_module.SSLContext | None = None) -> str:
-    """The host of a worker's URL.
+    """The host of the URL of a worker or hub.
 
     Raises:
         ValueError: the URL is not one of a WebSocket, or has no TLS for ``ssl``.
@@ -96,14 +123,19 @@ def check_url(url: str, ssl: ssl_module.SSLContext | None = None) -> str:
 
 
 async def dial(
-    url: str, *, ssl: ssl_module.SSLContext | None = None, timeout: float = 10
+    url: str,
+    *,
+    ssl: ssl_module.SSLContext | None = None,
+    timeout: float = 10,
+    what: str = "worker",
 ) -> WebSocketWire:
-    """Connect to a worker.
+    """Connect to a worker or a hub.
 
     Args:
         url: ``ws://host:port`` or ``wss://host:port``.
         ssl: certificates to trust, for ``wss``.
         timeout: seconds for the connection and the handshake of the WebSocket.
+        what: is looked for there, for errors.
 
     Raises:
         WireLost: there is no worker, or it does not speak the protocol.
@@ -124,14 +156,14 @@ async def dial(
     except TimeoutError:
         raise WireLost(f"nothing answered within {timeout:g} s") from None
     except (OSError, WebSocketException, EOFError) as error:
-        raise WireLost(_refusal(error, url)) from None
+        raise WireLost(_refusal(error, url, what)) from None
     if socket.subprotocol != SUBPROTOCOL:
         await socket.close()
-        raise WireLost(f"the server there does not speak {SUBPROTOCOL}; is it a wsfed worker?")
+        raise WireLost(f"the server there does not speak {SUBPROTOCOL}; is it a wsfed {what}?")
     return WebSocketWire(socket)
 
 
-def _refusal(error: Exception, url: str) -> str:
+def _refusal(error: Exception, url: str, what: str) -> str:
     if isinstance(error, ssl_module.SSLCertVerificationError):
         return (
             f"its certificate is not trusted ({error.verify_message}); give one that is with "
@@ -142,7 +174,7 @@ def _refusal(error: Exception, url: str) -> str:
     if url.startswith("ws:") and isinstance(error, InvalidMessage):
         return "what answers speaks no HTTP; is it wss://?"
     if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
-        return "the connection was refused; is a worker running there?"
+        return f"the connection was refused; is a {what} running there?"
     return f"{type(error).__name__}: {error}"
 
 
@@ -154,6 +186,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def check_exposure(host: str, *, tls: bool, token: bool, insecure: bool) -> str | None:
+    """Why a worker or hub should not listen on ``host``, or ``None`` where it may.
+
+    Beyond this machine it needs TLS and a token, unless its owner says in so many
+    words that the network is trusted.
+    """
+    if is_loopback(host) or insecure or (tls and token):
+        return None
+    missing = " and no ".join(word for word, there in (("TLS", tls), ("token", token)) if not there)
+    return (
+        f"{host} can be reached from other machines, and it has no {missing}; give --tls-cert, "
+        "--tls-key and --token-file, or say --insecure if every machine there is trusted"
+    )
+
+
 @asynccontextmanager
 async def listen(
     serve_wire: Callable[[WebSocketWire], Awaitable[None]],
@@ -162,15 +209,24 @@ async def listen(
     port: int,
     ssl: ssl_module.SSLContext | None = None,
     health: Callable[[], str] = lambda: "ok",
+    pages: Callable[[str, str], Page | None] = lambda path, authorization: None,
+    origins: Sequence[str] = (),
+    what: str = "worker",
 ) -> AsyncIterator[tuple[str, int]]:
     """Accept connections while the context lasts; gives the address that is listened on.
+
+    A browser says which page wants to connect; only those of ``origins`` may. Programs say none.
 
     Args:
         serve_wire: called for each connection; the connection ends with it.
         host: address to bind.
         port: 0 takes a free one.
-        ssl: the worker's certificate.
+        ssl: the certificate.
         health: what ``GET /healthz`` answers.
+        pages: what ``GET`` of another path answers; told the path and the header
+            ``Authorization``.
+        origins: such as ``"https://example.org"``.
+        what: this is, for those that want something else.
 
     Raises:
         OSError: the address cannot be bound.
@@ -178,7 +234,7 @@ async def listen(
 
     def choose(socket: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol:
         if SUBPROTOCOL not in offered:
-            raise NegotiationError(f"this is a wsfed worker: it speaks {SUBPROTOCOL} only")
+            raise NegotiationError(f"this is a wsfed {what}: it speaks {SUBPROTOCOL} only")
         return Subprotocol(SUBPROTOCOL)
 
     async def handle(socket: ServerConnection) -> None:
@@ -187,9 +243,17 @@ async def listen(
     def answer_http(socket: ServerConnection, request: Request) -> Response | None:
         if request.path == "/healthz":
             return socket.respond(200, health() + "\n")
-        if request.headers.get("Upgrade", "").lower() != "websocket":
-            return socket.respond(426, "This is a wsfed worker: connect with wsfed.connect(url).\n")
-        return None
+        if request.headers.get("Upgrade", "").lower() == "websocket":
+            return None
+        shown = request.headers.get("Authorization", "")
+        page = pages(request.path, shown) or Page(
+            f"This is a wsfed {what}: connect with wsfed.{_CONNECTS[what]}(url).\n", 426
+        )
+        response = socket.respond(page.status, page.text)
+        del response.headers["Content-Type"]
+        for name, value in {"Content-Type": page.kind, **page.headers}.items():
+            response.headers[name] = value
+        return response
 
     server: Server
     async with serve(
@@ -197,6 +261,7 @@ async def listen(
         host,
         port,
         ssl=ssl,
+        origins=[None, *map(Origin, origins)],
         subprotocols=[Subprotocol(SUBPROTOCOL)],
         select_subprotocol=choose,
         process_request=answer_http,
@@ -206,3 +271,7 @@ async def listen(
     ) as server:
         address = next(iter(server.sockets)).getsockname()
         yield address[0], address[1]
+
+
+#: How a program connects to each.
+_CONNECTS: Final = {"worker": "connect", "hub": "hub"}

@@ -18,10 +18,11 @@ class WireLost(Exception):
 
     Attributes:
         reason: what the transport said.
+        code: a short word where whoever is there has told why, else ``""``.
     """
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, reason: str, code: str = "") -> None:
+        self.reason, self.code = reason, code
         super().__init__(reason)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wsfed.client.worker import Worker, connect
     from wsfed.errors import (
         AuthenticationFailed,
+        BudgetSpent,
         Cancelled,
         ConnectionLost,
         ConstantTooLarge,
@@ -63,6 +64,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AuthenticationFailed",
+    "BudgetSpent",
     "Cancelled",
     "ConnectionLost",
     "ConstantTooLarge",

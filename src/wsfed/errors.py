@@ -15,6 +15,7 @@
     ├── RemoteError             an operation failed on the worker
     │   ├── OpNotAllowed            the operation is not in the worker's table
     │   ├── GetNotPermitted         the value may not leave the worker
+    │   │   └── BudgetSpent             a strict worker has released what its owner lets leave
     │   ├── QuotaExceeded           the session's share of memory or objects is used up
     │   ├── DeadlineExceeded        the time given for the work is over
     │   ├── NotFound                no such object, dataset or tag on the worker
@@ -41,6 +42,7 @@ from typing import Any
 
 __all__ = [
     "AuthenticationFailed",
+    "BudgetSpent",
     "Cancelled",
     "ConnectionLost",
     "ConstantTooLarge",
@@ -252,6 +254,12 @@ class GetNotPermitted(RemoteError):
     """The value belongs to the owner of the worker and may not leave it."""
 
     advice = "train on it where it is; only the owner can mark a dataset open"
+
+
+class BudgetSpent(GetNotPermitted):
+    """A strict worker has released of a data set what its owner lets leave."""
+
+    advice = "the owner decides on another budget (wsfed worker --releases … --ledger FILE)"
 
 
 class QuotaExceeded(RemoteError):

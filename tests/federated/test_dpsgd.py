@@ -271,7 +271,7 @@ async def test_what_cannot_be_private_is_told_at_once(workers: list[wsfed.Worker
     for strategy in (federated.FedSGD(), federated.QFedAvg()):
         with pytest.raises(ValueError, match=strategy.name):
             await fit(network(), workers, strategy=strategy)
-    for privacy in ([DPSGD(), DPSGD()], [DPSGD(), "secagg"], [federated.DP(), federated.DP()]):
+    for privacy in ([DPSGD(), DPSGD()], [DPSGD(), "dp"], [federated.DP(), federated.DP()]):
         with pytest.raises(ValueError, match="a list of one"):
             await fit(network(), workers, privacy=privacy)
     for wrong in ({"clip": 0.0}, {"noise": -1.0}, {"delta": 1.0}, {"budget": 0.0}):

@@ -478,7 +478,18 @@ async def test_sites_go_on_at_their_own_pace(
         ({"fields": ["z"]}, wsfed.FederatedError, "no field 'z'"),
         ({"model": nn.ReLU()}, wsfed.FederatedError, "no parameter that requires grad"),
         ({"model": nn.Linear(5, 2)}, RuntimeError, "cannot be multiplied"),
-        ({"min_workers": 4}, wsfed.TooFewSites, "3 sites and needs 4"),
+        ({"min_workers": 4}, wsfed.FederatedError, "min_workers=4, and there are 3 sites"),
+        ({"strategy": federated.Krum(1)}, wsfed.FederatedError, "Krum needs replies of 5 sites"),
+        ({"strategy": federated.Scaffold(0.5, 3)}, ValueError, r"SGD of lr=0\.5 and nothing else"),
+        ({"strategy": federated.Scaffold(0.1, 3), "optimizer": MOMENTUM}, ValueError, "else"),
+        ({"optimizer": torch.optim.LBFGS}, ValueError, "LBFGS"),
+        ({"sampler": "uniform"}, TypeError, "'uniform' is no sampler"),
+        ({"workers": wsfed.VirtualWorker}, TypeError, "workers is a list"),
+        ({"loss": nn.CrossEntropyLoss}, TypeError, r"give CrossEntropyLoss\(\)"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, wsfed.FederatedError, "one number"),
+        ({"loss": lambda output, y: 1.0}, wsfed.FederatedError, "a loss is a tensor, not float"),
+        ({"validation": "points"}, wsfed.FederatedError, "'points' is what is trained on"),
+        ({"privacy": "secagg"}, ValueError, r"privacy=SecAgg\(roster\)"),
     ],
     ids=str,
 )
@@ -522,7 +533,7 @@ async def test_labels_out_of_range_are_told(workers: list[wsfed.Worker]) -> None
     async with wsfed.VirtualWorker("mallory", datasets=[wsfed.Dataset("points", rows)]) as mallory:
         model = nn.Linear(4, 2)
         before = copy.deepcopy(model)
-        with pytest.raises(wsfed.RemoteError):
+        with pytest.raises(wsfed.RemoteError, match="a label is no class of what the model gives"):
             await federated.fit(
                 *(model, [*workers, mallory], "points", F.cross_entropy, SGD), rounds=1
             )
@@ -542,6 +553,56 @@ async def test_an_update_that_is_no_number_is_rejected(workers: list[wsfed.Worke
         assert caught.value.site == "mallory"
         assert len(caught.value.history) == 0
         assert_equal(model, before)
+
+
+class Odd(federated.MeanStrategy):
+    """Makes something else of the mean."""
+
+    def __init__(self, make: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        self._make = make
+
+    def step(self, state: Any, memory: Any, mean: Any) -> Any:
+        return self._make(dict(mean))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda mean: None, "two dictionaries, not NoneType"),
+        (lambda mean: mean, "two dictionaries, not dict"),
+        (lambda mean: ({**mean, "typo": torch.zeros(2)}, {}), "'typo'"),
+        (lambda mean: ({"bias": mean["bias"]}, {}), "'weight'"),
+        (lambda mean: ({**mean, "bias": torch.zeros(3)}, {}), "another model: 'bias'"),
+        (lambda mean: ({**mean, "bias": mean["bias"].double()}, {}), "another model: 'bias'"),
+        (lambda mean: ({**mean, "bias": mean["bias"] * torch.nan}, {}), "not finite"),
+    ],
+)
+async def test_what_a_strategy_makes_is_looked_at(
+    workers: list[wsfed.Worker], make: Callable[..., Any], says: str
+) -> None:
+    model = nn.Linear(4, 2)
+    before = copy.deepcopy(model)
+    with pytest.raises(wsfed.FederatedError, match=f"Odd.*{says}"):
+        await federated.fit(
+            *(model, workers, "points", F.cross_entropy, SGD), rounds=2, strategy=Odd(make)
+        )
+    assert_equal(model, before)
+
+
+async def test_a_model_that_begins_with_nan_is_told(workers: list[wsfed.Worker]) -> None:
+    model = nn.Linear(4, 2)
+    nn.init.constant_(model.bias, torch.nan)
+    with pytest.raises(wsfed.FederatedError, match="begins with values of 'bias'"):
+        await federated.fit(*(model, workers, "points", F.cross_entropy, SGD), rounds=1)
+
+
+async def test_an_evaluation_that_gives_no_number_is_told(workers: list[wsfed.Worker]) -> None:
+    with pytest.raises(wsfed.FederatedError, match="evaluate gave 'good', no number"):
+        await federated.fit(
+            *(nn.Linear(4, 2), workers, "points", F.cross_entropy, SGD),
+            rounds=1,
+            evaluate=lambda model: "good",
+        )
 
 
 async def test_two_workers_of_one_name_are_told(workers: list[wsfed.Worker]) -> None:

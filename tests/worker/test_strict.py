@@ -341,6 +341,16 @@ async def test_one_round_changes_no_more_than_the_rules_let() -> None:
         assert 0.001 < float(change.detach().norm()) <= 0.05 + 1e-6
 
 
+async def test_a_spent_budget_ends_training_with_the_model_of_before() -> None:
+    rules = Releases(clip=0.5, noise=2.0, budget=epsilon([2.0] * 3) + 1e-6)
+    async with strict(rules) as clinic:
+        _, history = await fit([clinic], rounds=9)
+        assert len(history) == 3
+        assert "the privacy budget of the data set 'points' is spent" in history.stopped
+        with pytest.raises(wsfed.BudgetSpent, match="the owner decides"):
+            await fit([clinic])
+
+
 async def test_what_needs_more_than_releases_is_told(clinic: wsfed.Worker) -> None:
     for more, text in (
         ({"strategy": federated.FedSGD(0.1)}, "FedSGD needs more"),

@@ -347,6 +347,8 @@ def _ledger(rules: str | None, path: Path | None) -> Ledger | None:
         parsed = parse_releases(rules)
     except ValueError as error:
         usage(f"--releases {error}")
+    if parsed.budget is None:
+        typer.secho("wsfed worker: --releases without budget= ends never", fg="yellow", err=True)
     if parsed.budget is not None and path is None:
         usage("--releases with a budget needs --ledger, which outlives the worker")
     try:

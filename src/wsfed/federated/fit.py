@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from torch import nn
 
-from wsfed.errors import FederatedError, PrivacyBudgetSpent
+from wsfed.errors import BudgetSpent, FederatedError, PrivacyBudgetSpent
 from wsfed.federated.budget import Ledger, ledgers_of
 from wsfed.federated.callbacks import Callback
 from wsfed.federated.checkpoint import Checkpoint, Saved
@@ -34,7 +34,7 @@ from wsfed.federated.per_sample import check_per_sample
 from wsfed.federated.recipe import Criterion, LocalOptimizer, Metric, Objective, Recipe
 from wsfed.federated.rounds import Closing, Rounds
 from wsfed.federated.sampling import Everyone, Sampler, Selection
-from wsfed.federated.state import buffers_of, state_of
+from wsfed.federated.state import buffers_of, is_finite, state_of
 from wsfed.federated.strategies.fedasync import FedAsync
 from wsfed.federated.strategies.fedavg import FedAvg
 from wsfed.federated.strategies.scaffold import Scaffold
@@ -158,6 +158,10 @@ async def fit(
         dpsgd,
     )
     _check_settings(model, rounds, schedule, strategy, late, evaluate_every, callbacks)
+    sampler = sampler or Everyone()
+    if not callable(sampler):
+        raise TypeError(f"{sampler!r} is no sampler, such as wsfed.federated.Uniform(fraction=0.1)")
+    await asyncio.to_thread(_check_optimizer, recipe, strategy)
     keep = schedule == "async" or late == "keep"
     if keep and not strategy.tolerates_staleness:
         raise ValueError(f"{strategy.name} takes no late replies: schedule={schedule!r}, {late=}")
@@ -181,7 +185,6 @@ async def fit(
     corrects = isinstance(strategy, Scaffold)
     setup = Setup(dataset, validation, recipe, terms.proximal, corrects, compressed)
     _set(model, begin.state)
-    sampler = sampler or Everyone()
     training = _Training(
         model,
         rounds,
@@ -265,6 +268,14 @@ def _check_settings(
         raise FederatedError("the model has no parameter that requires grad")
 
 
+def _check_optimizer(recipe: Recipe, strategy: Strategy) -> None:
+    optimizer = recipe.optimizer([torch.zeros(1, requires_grad=True)])
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS asks for losses within a step, which a recorded step cannot")
+    if not strategy.wants_gradients:
+        strategy.check_optimizer(optimizer)
+
+
 def _check_private(
     strategy: Strategy, schedule: str, keep_late: bool, privacy: SecAgg | DP
 ) -> None:
@@ -290,9 +301,12 @@ def _privacy(
     given: Privacy | Sequence[Privacy] | None,
 ) -> tuple[SecAgg | DP | None, DPSGD | None]:
     """What protects sites, and what protects rows."""
-    each = [] if given is None else [given] if isinstance(given, SecAgg | DP | DPSGD) else [*given]
+    alone = isinstance(given, SecAgg | DP | DPSGD | str)
+    each: list[Any] = [] if given is None else [given] if alone else [*given]  # type: ignore[misc]
     sites = [one for one in each if isinstance(one, SecAgg | DP)]
     rows = [one for one in each if isinstance(one, DPSGD)]
+    if "secagg" in each:
+        raise ValueError("secure aggregation needs its members: privacy=SecAgg(roster)")
     if len(sites) > 1 or len(rows) > 1 or len(sites) + len(rows) < len(each):
         raise ValueError(
             "privacy is SecAgg(…) or DP(…), DPSGD(…), or a list of one of the former and the latter"
@@ -309,6 +323,9 @@ def _begin(
 ) -> Saved:
     """What the first round begins with."""
     state = {name: value.detach().clone() for name, value in state_of(model).items()}
+    for name, value in state.items():
+        if not is_finite(value):
+            raise FederatedError(f"the model begins with values of {name!r} that are not finite")
     if resume and saves is None:
         raise ValueError("resume=True needs the folder of the checkpoints: checkpoint=…")
     saved = saves.load(settings) if saves is not None else None
@@ -379,7 +396,13 @@ class _Training:
             for each in self.callbacks:
                 each.round_begins(number, list(selection.chosen))
             advance = running.sequential if self.schedule == "sequential" else running.concurrent
-            trained = await advance(number, self._narrowed(selection))
+            try:
+                trained = await advance(number, self._narrowed(selection))
+            except BudgetSpent as spent:  # a strict worker's own
+                if not self.history:
+                    raise
+                self.history.stopped = str(spent).splitlines()[0]
+                break
             await asyncio.to_thread(_set, self.model, running.state)
             metrics, sites = await self._judge(number, running, trained.sites)
             for ledger in self.ledgers:
@@ -430,7 +453,10 @@ class _Training:
         finally:
             self.model.train(was_training)
         named = found if isinstance(found, Mapping) else {"score": found}
-        return {str(name): float(value) for name, value in named.items()}
+        try:
+            return {str(name): float(value) for name, value in named.items()}
+        except (TypeError, ValueError):
+            raise FederatedError(f"evaluate gave {found!r:.200}, no number or numbers") from None
 
     async def _told(self, round: Round) -> str:
         """Why training is to end now, if a callback says so."""

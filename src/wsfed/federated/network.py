@@ -80,6 +80,8 @@ class Network:
     """
 
     def __init__(self, workers: Sequence[Any | Opener], model: nn.Module, setup: Setup) -> None:
+        if not isinstance(workers, Sequence) or isinstance(workers, str):
+            raise TypeError(f"workers is a list, not {workers!r}")
         if not workers:
             raise FederatedError("there are no workers")
         for each in workers:
@@ -154,6 +156,11 @@ class Network:
         wanted = self._setup.validation
         if wanted is None:
             return None
+        if wanted == dataset:
+            raise FederatedError(
+                f"validation={wanted!r} is what is trained on: split it on the worker "
+                "(wsfed worker --split), or name another"
+            )
         names = [name for name in _fitting(worker, wanted) if name != dataset]
         if len(names) != 1:
             raise FederatedError(

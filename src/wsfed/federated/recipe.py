@@ -10,10 +10,12 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from wsfed.errors import FederatedError
 from wsfed.federated.dpsgd import DPSGD, Sampling
 
 __all__ = [
-    *("Criterion", "LocalOptimizer", "Metric", "Objective", "Recipe", "measure", "seed_of"),
+    *("Criterion", "LocalOptimizer", "Metric", "Objective", "Recipe", "measure"),
+    *("one_number", "seed_of"),
 ]
 
 #: ``(model, *fields of a batch) -> loss``, a tensor of one element: the mean over the batch.
@@ -102,6 +104,8 @@ class Criterion:
     def __init__(self, loss: Callable[..., torch.Tensor]) -> None:
         if not callable(loss):
             raise TypeError(f"a loss is a function, no {type(loss).__name__}")
+        if isinstance(loss, type):
+            raise TypeError(f"{loss.__name__} is a class: give {loss.__name__}()")
         if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
             raise TypeError("a loss with parameters belongs into the model: give an objective")
         self.loss = loss
@@ -109,6 +113,21 @@ class Criterion:
     def __call__(self, model: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
         """The loss of a batch."""
         return self.loss(model(batch[0]), *batch[1:])
+
+
+def one_number(loss: torch.Tensor) -> torch.Tensor:
+    """A loss, if it is one.
+
+    Raises:
+        FederatedError: it is something else than a tensor of one element.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise FederatedError(f"a loss is a tensor, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise FederatedError(
+            f"a loss is one number, the mean over a batch, not {list(loss.shape)}: reduce it"
+        )
+    return loss
 
 
 def measure(

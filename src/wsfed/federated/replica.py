@@ -14,7 +14,7 @@ from torch import nn
 from wsfed.federated.broadcast import Broadcast
 from wsfed.federated.compression import Scheme, is_compressed
 from wsfed.federated.dpsgd import private_gradients
-from wsfed.federated.recipe import Recipe, measure
+from wsfed.federated.recipe import Recipe, measure, one_number
 from wsfed.federated.state import buffers_of, state_of
 from wsfed.federated.strategies.strategy import LocalTerms, State
 from wsfed.pointers import modules
@@ -329,7 +329,7 @@ class Replica:
         """Set gradients; gives the loss."""
         objective, dpsgd = self._recipe.objective, self._recipe.dpsgd
         if dpsgd is None:
-            loss = objective(self.model, *batch)
+            loss = one_number(objective(self.model, *batch))
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         *fields, weights = batch
@@ -342,6 +342,6 @@ class Replica:
             return measure(self._recipe, self.model, batch)
 
     def _sloped(self, rows: int, *batch: torch.Tensor) -> torch.Tensor:
-        loss = self._recipe.objective(self.model, *batch)
+        loss = one_number(self._recipe.objective(self.model, *batch))
         (loss * (len(batch[0]) / rows)).backward()  # type: ignore[no-untyped-call]
         return loss.detach()

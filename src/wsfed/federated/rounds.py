@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
-from wsfed.errors import TooFewSites, UpdateRejected
+from wsfed.errors import FederatedError, TooFewSites, UpdateRejected
 from wsfed.federated.averaging import Mean
 from wsfed.federated.contribution import SecAgg
 from wsfed.federated.dp import CLIP, DP, Noise, follow, release
@@ -19,6 +19,7 @@ from wsfed.federated.history import SiteRound
 from wsfed.federated.network import LOST, Network
 from wsfed.federated.sampling import Sampler, Selection
 from wsfed.federated.site import Report, Site
+from wsfed.federated.state import is_finite
 from wsfed.federated.strategies.strategy import (
     LocalTerms,
     MeanStrategy,
@@ -26,6 +27,7 @@ from wsfed.federated.strategies.strategy import (
     Reply,
     State,
     Strategy,
+    pair_of,
 )
 from wsfed.tensors import hash_of
 
@@ -150,8 +152,18 @@ class Rounds:
         self._finished: asyncio.Queue[str] = asyncio.Queue()
 
     async def __aenter__(self) -> Rounds:
-        for site in self._network.sites:
+        sites = self._network.sites
+        for site in sites:
             site.check_rules(self._needs)
+        if len(sites) < self._closing.min_sites:
+            raise FederatedError(
+                f"min_workers={self._closing.min_sites}, and there are {len(sites)} sites"
+            )
+        if len(sites) < self._strategy.min_replies:
+            raise FederatedError(
+                f"{self._strategy.name} needs replies of {self._strategy.min_replies} sites, and "
+                f"there are {len(sites)}"
+            )
         return self
 
     @property
@@ -190,6 +202,7 @@ class Rounds:
         replies = _Replies(self._strategy, selection.chosen, alike=self._dp is not None)
         told = await self._collect(number, selection, replies)
         await self._check_enough(number, selection, replies, told)
+        before = self.state
         if self._secure is not None:
             told = await self._add_up(number, self._secure, told)
         elif self._dp is not None:
@@ -198,6 +211,7 @@ class Rounds:
             self.state, self.memory = await asyncio.to_thread(
                 replies.aggregate, self.state, self.memory, self._buffers
             )
+        await _aside(before, _check_made, self._strategy, before, self.state)
         return Trained(_mean_loss(told), told)
 
     @property
@@ -438,7 +452,10 @@ class _Replies:
         if self._mean is not None and isinstance(self._strategy, MeanStrategy):
             reply = self._waiting.pop(site)
             weight = 1.0 if self._alike else self._strategy.weight(reply.rows)
-            self._mean.add(reply.state, weight)
+            try:
+                self._mean.add(reply.state, weight)
+            except ValueError as error:
+                raise FederatedError(f"the reply of {site!r} does not fit: {error}") from None
 
     def changes(self, state: State) -> tuple[dict[str, torch.Tensor], list[bool]]:
         """The sum of what the sites have changed, and whether each was within the bound."""
@@ -461,7 +478,9 @@ class _Replies:
         rest = sorted(self._waiting, key=lambda site: (places.get(site, len(places)), site))
         if self._mean is None or not isinstance(self._strategy, MeanStrategy):
             replies = [self._waiting[site] for site in rest]
-            return self._strategy.aggregate(state, memory, replies, buffers)
+            return pair_of(
+                self._strategy, self._strategy.aggregate(state, memory, replies, buffers)
+            )
         for site in rest:
             self._sum_up(site)
         return self._strategy.conclude(state, memory, self._mean.result(), buffers)
@@ -481,9 +500,28 @@ async def _aside(state: State, work: Callable[..., None], *args: Any) -> None:
         work(*args)
 
 
+def _check_made(strategy: Strategy, before: State, made: State) -> None:
+    """Whether a strategy has made a model of the same kind, with finite values."""
+    kinds, wanted = (
+        {name: (value.shape, value.dtype) for name, value in each.items()}
+        for each in (made, before)
+    )
+    if kinds != wanted:
+        differ = sorted(
+            name for name in kinds.keys() | wanted if kinds.get(name) != wanted.get(name)
+        )
+        raise FederatedError(
+            f"{strategy.name} gave another model: {', '.join(map(repr, differ[:5]))} is missing, "
+            "of another shape or dtype, or was not asked for"
+        )
+    for name, value in made.items():
+        if not is_finite(value):
+            raise FederatedError(f"{strategy.name} gave values of {name!r} that are not finite")
+
+
 def _check(reply: Reply, number: int) -> None:
     for name, value in reply.state.items():
-        if not _is_finite(value):
+        if not is_finite(value):
             bad = int((~value.isfinite()).sum())
             raise UpdateRejected(
                 number,
@@ -491,15 +529,6 @@ def _check(reply: Reply, number: int) -> None:
                 f"{bad} of {value.numel()} values of {name!r} are not finite; a smaller learning "
                 "rate or clipping may help",
             )
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    if value.is_complex():
-        value = torch.view_as_real(value)
-    if not value.is_floating_point() or not value.numel():
-        return True
-    least, most = value.aminmax()  # nan, if there is any; makes no tensor of the same size
-    return math.isfinite(float(least)) and math.isfinite(float(most))
 
 
 def _record(report: Report, staleness: int) -> SiteRound:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
-__all__ = ["buffers_of", "state_of"]
+__all__ = ["buffers_of", "is_finite", "state_of"]
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -23,3 +25,13 @@ def buffers_of(model: nn.Module) -> frozenset[str]:
     """Names of the buffers among these."""
     saved = model.state_dict(keep_vars=True)
     return frozenset(name for name, _ in model.named_buffers() if name in saved)
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether all of it is finite; makes no tensor of the same size."""
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if not value.is_floating_point() or not value.numel():
+        return True
+    least, most = value.aminmax()  # nan, if there is any
+    return math.isfinite(float(least)) and math.isfinite(float(most))

@@ -35,7 +35,7 @@ from wsfed.tensors import DTYPE_NAMES, describe, incoming, outgoing
 from wsfed.worker.datasets import Dataset
 from wsfed.worker.modes import Modes, watched
 from wsfed.worker.plans import Over, Programs, Shelf, StepFailed
-from wsfed.worker.policy import CANNED, NO_LABELS, Labels, check_leaving, holds_rows
+from wsfed.worker.policy import NO_LABELS, Labels, canned, check_leaving, holds_rows
 from wsfed.worker.randomness import SessionRandom
 from wsfed.worker.sizes import ResultSizes
 from wsfed.worker.store import Entry, Failure, Poisoned, Store, poison_of
@@ -208,7 +208,7 @@ class Interpreter:
         """A step of a plan failed."""
         error = failed.error
         if failed.private and not isinstance(error, RemoteError | RemoteProtocolError):
-            error = RemoteError(CANNED, type=type(error).__name__)
+            error = RemoteError(canned(error, failed.name), type=type(error).__name__)
         failure = poison_of(error, failed.name, failed.shapes, self._at, failed.step)
         self._fail(command, failure, outcome, first=True)
 
@@ -223,7 +223,7 @@ class Interpreter:
         """A command failed by itself; ``seen`` are the objects that it had."""
         private = any(entry.labels for entry in seen)
         if private and not isinstance(error, RemoteError | RemoteProtocolError):
-            error = RemoteError(CANNED, type=type(error).__name__)
+            error = RemoteError(canned(error, name), type=type(error).__name__)
         shapes = [describe(e.value) for e in seen if isinstance(e.value, torch.Tensor)]
         failure = poison_of(error, name, shapes, self._at)
         # Whoever cancels knows it; only what is awaited tells.

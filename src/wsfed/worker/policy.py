@@ -16,7 +16,7 @@ import torch
 from wsfed.errors import GetNotPermitted
 from wsfed.ops.table import Op
 
-__all__ = ["CANNED", "NO_LABELS", "Labels", "check_leaving", "holds_rows"]
+__all__ = ["CANNED", "NO_LABELS", "Labels", "canned", "check_leaving", "holds_rows"]
 
 #: Names of the private data sets whose rows an object holds.
 Labels: TypeAlias = frozenset[str]
@@ -24,6 +24,17 @@ NO_LABELS: Final[Labels] = frozenset()
 
 #: Instead of an error's own text, which may quote values.
 CANNED: Final = "the operation failed on private data, so its message stays on the worker"
+
+
+def canned(error: Exception, name: str) -> str:
+    """What an error on private data says: its kind, and where that is certain, the usual cause."""
+    if isinstance(error, IndexError) and name.rsplit(".", 1)[-1] in _OF_CLASSES:
+        return f"{CANNED}; a label is no class of what the model gives, or negative"
+    return CANNED
+
+
+#: Where an index is a class.
+_OF_CLASSES: Final = frozenset({"cross_entropy", "nll_loss", "linear_cross_entropy"})
 
 
 def holds_rows(op: Op, result: Any) -> bool:

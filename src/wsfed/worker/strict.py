@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from wsfed.errors import GetNotPermitted, RemoteError
+from wsfed.errors import BudgetSpent, GetNotPermitted, RemoteError
 from wsfed.privacy.noise import unforeseeable
 
 __all__ = ["Ledger", "Releases", "Vault", "parse_releases"]
@@ -121,7 +121,7 @@ class Ledger:
         """Account for a release; returns when it is on the disk.
 
         Raises:
-            GetNotPermitted: it would exceed the budget of a data set. Nothing is spent.
+            BudgetSpent: it would exceed the budget of a data set. Nothing is spent.
             OSError: it cannot be written.
         """
         with self._lock:
@@ -129,7 +129,7 @@ class Ledger:
             for name, counts in after.items():
                 counts[noise] = counts.get(noise, 0) + 1
                 if self.rules.budget is not None and self._epsilon(counts) > self.rules.budget:
-                    raise GetNotPermitted(
+                    raise BudgetSpent(
                         f"the privacy budget of the data set {name!r} is spent: epsilon "
                         f"{self.rules.budget:g} at delta {self.rules.delta:g}",
                         op="release",

@@ -42,6 +42,18 @@ class Scaffold(Strategy):
             raise ValueError(f"they have to be positive: {lr=}, {sites=}, {server_lr=}")
         self.lr, self.sites, self.server_lr = lr, sites, server_lr
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Plain SGD of ``lr``: the control variates divide by it."""
+        plain = torch.optim.SGD([torch.zeros(1)], lr=self.lr).defaults
+        if type(optimizer) is not torch.optim.SGD or any(
+            optimizer.defaults[name] != plain[name]
+            for name in ("lr", "momentum", "weight_decay", "nesterov")
+        ):
+            raise ValueError(
+                f"Scaffold(lr={self.lr:g}) is of sites that train with torch.optim.SGD of lr="
+                f"{self.lr:g} and nothing else"
+            )
+
     def local_terms(self, memory: Memory, site: str) -> LocalTerms:
         """``c - c_k``, or nothing before the first round."""
         common = _part(memory, "c/")

@@ -9,9 +9,13 @@ from typing import TypeAlias
 
 import torch
 
+from wsfed.errors import FederatedError
 from wsfed.federated.averaging import weighted_mean
 
-__all__ = ["LocalTerms", "MeanStrategy", "Memory", "Reply", "State", "Strategy", "exact"]
+__all__ = [
+    *("LocalTerms", "MeanStrategy", "Memory", "Reply", "State", "Strategy"),
+    *("exact", "pair_of"),
+]
 
 #: Values of a model by name, as ``module.state_dict()`` has them.
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -93,6 +97,14 @@ class Strategy(ABC):
         """What a site adds to its local training in this round."""
         return LocalTerms()
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Whether it is one that the sites may train with.
+
+        Raises:
+            ValueError: the strategy's formula is of another one.
+        """
+        return
+
     @property
     def settings(self) -> dict[str, int | float | str | bool]:
         """What it is set to, in numbers and words; a resumed training compares it."""
@@ -148,7 +160,13 @@ class MeanStrategy(Strategy):
             mean: of everything in the replies.
             buffers: see there.
         """
-        trained, memory = self.step(_without(state, buffers), memory, _without(mean, buffers))
+        before = _without(state, buffers)
+        trained, memory = pair_of(self, self.step(before, memory, _without(mean, buffers)))
+        if trained.keys() != before.keys():
+            odd = ", ".join(sorted(map(repr, trained.keys() ^ before.keys()))[:5])
+            raise FederatedError(
+                f"step() of {self.name} has to give the names that it was given; not so: {odd}"
+            )
         return {**mean, **trained}, memory
 
     def aggregate(
@@ -162,6 +180,25 @@ class MeanStrategy(Strategy):
         weights = [self.weight(reply.rows) for reply in replies]
         mean = weighted_mean([reply.state for reply in replies], weights)
         return self.conclude(state, memory, mean, buffers)
+
+
+def pair_of(strategy: Strategy, made: tuple[State, Memory]) -> tuple[State, Memory]:
+    """What a strategy has given, if that is a model and a memory.
+
+    Raises:
+        FederatedError: it is something else.
+    """
+    given: object = made
+    if (
+        isinstance(given, tuple)
+        and len(given) == 2
+        and all(isinstance(each, Mapping) for each in given)
+    ):
+        return made
+    raise FederatedError(
+        f"{strategy.name} has to give a model and a memory, two dictionaries, not "
+        f"{type(given).__name__}"
+    )
 
 
 def exact(value: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ session resumed; what cannot be resumed ends every awaiting pointer with one typ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -459,7 +460,10 @@ class Connection(Link):
 
     def _delete_released(self) -> None:
         self._released_bytes = 0
-        ids = [self._released.popleft() for _ in range(len(self._released))]
+        ids = []
+        with contextlib.suppress(IndexError):  # another thread may take some
+            while self._released:
+                ids.append(self._released.popleft())
         for start in range(0, len(ids), limits.MAX_IDS):
             self.session.sender.put(m.Delete(ids[start : start + limits.MAX_IDS]).wire())
 

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final, TypeAlias
 
 from wsfed.errors import PrivacyBudgetSpent
 from wsfed.federated.dp import DP
-from wsfed.federated.dpsgd import DPSGD
 from wsfed.federated.history import Round
 from wsfed.federated.recipe import Recipe
 from wsfed.federated.sampling import Poisson, Sampler
+from wsfed.privacy.mechanism import Mechanism, epsilon_of
 
 __all__ = ["Budget", "Ledger", "ledgers_of"]
 
 #: What a round takes from whom: a sample rate and how many releases of that rate.
 Uses: TypeAlias = Mapping[str, tuple[float, int]]
-
-
-@lru_cache(maxsize=4096)
-def _epsilon(noise: float, delta: float, spent: tuple[tuple[float, int], ...]) -> float:
-    from opacus.accountants import RDPAccountant
-
-    if not spent:
-        return 0.0
-    accountant = RDPAccountant()
-    accountant.history = [(noise, rate, count) for rate, count in spent]
-    return float(accountant.get_epsilon(delta))
 
 
 class Budget:
@@ -55,7 +43,10 @@ class Budget:
     def epsilon(self, uses: Uses | None = None) -> float:
         """Spent so far, and by this besides."""
         after = {**self._spent, **self._after(uses or {})}
-        return max((_epsilon(self._noise, self._delta, each) for each in after.values()), default=0)
+        return max(map(self._epsilon, after.values()), default=0.0)
+
+    def _epsilon(self, spent: Sequence[tuple[float, int]]) -> float:
+        return epsilon_of([(self._noise, rate, count) for rate, count in spent], self._delta)
 
     def _after(self, uses: Uses) -> dict[str, tuple[tuple[float, int], ...]]:
         made = {}
@@ -130,7 +121,7 @@ def ledgers_of(dp: DP | None, sampler: Sampler, recipe: Recipe) -> list[Ledger]:
     return made
 
 
-def _budget(settings: DP | DPSGD) -> Budget:
+def _budget(settings: Mechanism) -> Budget:
     return Budget(settings.noise, settings.delta, settings.budget)
 
 

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from wsfed.privacy.mechanism import Mechanism
 from wsfed.privacy.noise import unforeseeable
 
 __all__ = ["CLIP", "DP", "Noise", "follow", "release"]
@@ -25,7 +26,7 @@ CLIP: Final = "privacy/clip"
 
 
 @dataclass(frozen=True, slots=True)
-class DP:
+class DP(Mechanism):
     """Clip each site's change, add noise to the sum, and account for it.
 
     Attributes:
@@ -39,22 +40,12 @@ class DP:
         count_noise: standard deviation of the noise on how many sites are within ``clip``.
     """
 
-    clip: float = 1.0
-    noise: float = 1.0
-    delta: float = 1e-5
-    budget: float | None = None
     quantile: float | None = None
     rate: float = 0.2
     count_noise: float = 5.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.clip < math.inf and 0 < self.noise < math.inf and 0 < self.delta < 1):
-            raise ValueError(
-                f"clip and noise have to be positive, delta between 0 and 1: clip={self.clip}, "
-                f"noise={self.noise}, delta={self.delta}"
-            )
-        if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"a budget is positive: {self.budget}")
+        Mechanism.__post_init__(self)  # a dataclass with slots has no super()
         if self.quantile is not None and not (
             0 < self.quantile < 1 and self.rate > 0 and 2 * self.count_noise > self.noise
         ):

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from wsfed.federated.per_sample import per_sample_gradients
+from wsfed.privacy.mechanism import Mechanism
 
 __all__ = ["DPSGD", "Sampling", "private_gradients"]
 
 
 @dataclass(frozen=True, slots=True)
-class DPSGD:
+class DPSGD(Mechanism):
     """Clip each row's gradient, add noise to the sum, and account for it.
 
     Attributes:
@@ -30,20 +31,6 @@ class DPSGD:
         delta: of the guarantee; below one over the rows of a site.
         budget: epsilon at which training ends; ``None`` for no end.
     """
-
-    clip: float = 1.0
-    noise: float = 1.0
-    delta: float = 1e-5
-    budget: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (0 < self.clip < math.inf and 0 < self.noise < math.inf and 0 < self.delta < 1):
-            raise ValueError(
-                f"clip and noise have to be positive, delta between 0 and 1: clip={self.clip}, "
-                f"noise={self.noise}, delta={self.delta}"
-            )
-        if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"a budget is positive: {self.budget}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,14 @@ from pathlib import Path
 import torch
 
 from wsfed.errors import BudgetSpent, GetNotPermitted, RemoteError
+from wsfed.privacy.mechanism import Mechanism, epsilon_of
 from wsfed.privacy.noise import unforeseeable
 
 __all__ = ["Ledger", "Releases", "Vault", "parse_releases"]
 
 
 @dataclass(frozen=True, slots=True)
-class Releases:
+class Releases(Mechanism):
     """What the owner lets leave.
 
     Attributes:
@@ -39,20 +40,6 @@ class Releases:
         delta: of the guarantee.
         budget: epsilon of a data set after which nothing leaves any more; ``None`` for no end.
     """
-
-    clip: float = 1.0
-    noise: float = 1.0
-    delta: float = 1e-5
-    budget: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (0 < self.clip < math.inf and 0 < self.noise < math.inf and 0 < self.delta < 1):
-            raise ValueError(
-                f"clip and noise have to be positive, delta between 0 and 1: clip={self.clip:g}, "
-                f"noise={self.noise:g}, delta={self.delta:g}"
-            )
-        if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"a budget is positive: {self.budget:g}")
 
 
 def parse_releases(text: str) -> Releases:
@@ -109,13 +96,9 @@ class Ledger:
             return self._epsilon(self._counts.get(name, {}))
 
     def _epsilon(self, counts: dict[float, int]) -> float:
-        from opacus.accountants import RDPAccountant
-
-        if not counts:
-            return 0.0
-        accountant = RDPAccountant()
-        accountant.history = [(noise, 1.0, count) for noise, count in counts.items()]
-        return float(accountant.get_epsilon(self.rules.delta))
+        return epsilon_of(
+            [(noise, 1.0, count) for noise, count in counts.items()], self.rules.delta
+        )
 
     def spend(self, names: Sequence[str], noise: float) -> None:
         """Account for a release; returns when it is on the disk.

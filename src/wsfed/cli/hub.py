@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wsfed.cli.serving import (
+    AsJson,
+    Host,
+    Insecure,
+    TlsCert,
+    TlsKey,
+    UntilEof,
+    Verbose,
     cannot_listen,
     read_tls,
     read_token,
@@ -29,18 +36,18 @@ __all__ = ["hub"]
 EXAMPLES = """
 Examples:
 
-  wsfed hub                                                # ws://127.0.0.1:8770
+  wsfed hub
 
   wsfed hub --token-file clients.txt --node-token-file nodes.txt
 
-  wsfed hub --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file token.txt
+  wsfed hub --host 0.0.0.0 --tls-cert c.pem --tls-key k.pem --token-file t.txt
 
   wsfed worker --connect ws://127.0.0.1:8770 --id alice --tag digits
 """
 
 
 def hub(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8770,
     token_file: Annotated[
         Path | None,
@@ -49,20 +56,16 @@ def hub(
     node_token_file: Annotated[
         Path | None, typer.Option(help="Nodes have to show the token in this file instead.")
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without TLS and token.")
-    ] = False,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    insecure: Insecure = False,
     origin: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="Let pages of this origin connect: https://example.org."),
     ] = None,
-    until_eof: Annotated[
-        bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Tell the address as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log connections.")] = False,
+    until_eof: UntilEof = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a hub until it is interrupted or terminated: workers that cannot listen dial it.
 

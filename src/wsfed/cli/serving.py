@@ -11,11 +11,26 @@ import signal
 import ssl as ssl_module
 import threading
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn, TypeAlias
 
 import typer
 
-__all__ = ["cannot_listen", "fail", "read_tls", "read_token", "set_up_log", "stopped", "usage"]
+__all__ = [
+    *("AsJson", "Host", "Insecure", "TlsCert", "TlsKey", "UntilEof", "Verbose"),
+    *("cannot_listen", "fail", "read_tls", "read_token", "set_up_log", "stopped", "usage"),
+]
+
+Host: TypeAlias = Annotated[str, typer.Option(help="Address to listen on.")]
+TlsCert: TypeAlias = Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")]
+TlsKey: TypeAlias = Annotated[Path | None, typer.Option(help="Its private key (PEM).")]
+Insecure: TypeAlias = Annotated[
+    bool, typer.Option("--insecure", help="Listen beyond this machine without TLS and token.")
+]
+UntilEof: TypeAlias = Annotated[
+    bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Tell the address as JSON.")]
+Verbose: TypeAlias = Annotated[bool, typer.Option("-v", "--verbose", help="Log connections.")]
 
 
 def set_up_log(verbose: bool) -> None:

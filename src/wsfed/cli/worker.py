@@ -18,6 +18,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wsfed.cli.serving import (
+    AsJson,
+    Host,
+    Insecure,
+    TlsCert,
+    TlsKey,
+    UntilEof,
+    Verbose,
     cannot_listen,
     fail,
     read_tls,
@@ -69,7 +76,7 @@ def parse_size(text: str) -> int:
 
 def worker(
     id: Annotated[str, typer.Option(help="The worker's name.")] = "worker",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8777,
     dataset: Annotated[
         list[str] | None,
@@ -108,11 +115,9 @@ def worker(
     token_file: Annotated[
         Path | None, typer.Option(help="Only clients that show the token in this file get in.")
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without TLS and token.")
-    ] = False,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    insecure: Insecure = False,
     direct: Annotated[
         bool, typer.Option(help="Take tensors to other workers when a client asks for it.")
     ] = True,
@@ -157,11 +162,9 @@ def worker(
     alike_rows: Annotated[
         float, typer.Option(min=0, max=1, help="Share of a layer's rows that may be alike.")
     ] = 0.01,
-    until_eof: Annotated[
-        bool, typer.Option("--until-eof", help="End, too, when standard input is closed.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Tell the address as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log connections.")] = False,
+    until_eof: UntilEof = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run a worker node until it is interrupted or terminated.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
-from tests.federated.rows import points
+from tests.federated.rows import points, sites
 from wsfed import federated
 from wsfed.federated.broadcast import Broadcast
 from wsfed.federated.compression import Cast
@@ -41,19 +40,8 @@ WHOLE = sum(value.nbytes for value in wide().state_dict().values())
 
 @pytest.fixture
 async def workers() -> AsyncIterator[list[wsfed.Worker]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(
-                wsfed.VirtualWorker(
-                    name,
-                    datasets=[
-                        wsfed.Dataset("points", points(40, number)),
-                        wsfed.Dataset("held-out", points(20, 50 + number)),
-                    ],
-                )
-            )
-            for number, name in enumerate(("alice", "bob"))
-        ]
+    async with sites({"alice": 40, "bob": 40}, {"alice": 20, "bob": 20}) as made:
+        yield made
 
 
 async def sent(

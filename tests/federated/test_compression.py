@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
-from tests.federated.rows import points
+from tests.federated.rows import Killed, KilledAfter, points, sites
 from tests.federated.test_fit import assert_equal, network, trained_here
 from wsfed import federated
 from wsfed.errors import OpNotAllowed
@@ -217,19 +217,10 @@ CASES: dict[str, tuple[Any, Callable[[], Any], Any]] = {
 
 @pytest.fixture
 async def workers() -> AsyncIterator[list[wsfed.Worker]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(
-                wsfed.VirtualWorker(
-                    name,
-                    datasets=[
-                        wsfed.Dataset("points", points(40 + 8 * number, number)),
-                        wsfed.Dataset("held-out", points(64, 50 + number)),
-                    ],
-                )
-            )
-            for number, name in enumerate(("alice", "bob", "carol"))
-        ]
+    async with sites(
+        {"alice": 40, "bob": 48, "carol": 56}, dict.fromkeys(("alice", "bob", "carol"), 64)
+    ) as made:
+        yield made
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -492,19 +483,6 @@ async def test_the_history_shows_what_was_saved(
 # --- going on -------------------------------------------------------------------------------------
 
 
-class _Killed(Exception):
-    pass
-
-
-class _KilledAfter(federated.Callback):
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-
-    def round_begins(self, number: int, sites: list[str]) -> None:
-        if number > self.rounds:
-            raise _Killed
-
-
 @pytest.mark.parametrize(
     ("compression", "same"),
     [("bf16", True), ("int8", True), (TopK(0.1, error_feedback=False), True), (TopK(0.1), False)],
@@ -523,8 +501,8 @@ async def test_a_resumed_training_has_the_same_weights_unless_workers_kept_somet
 
     whole, killed, resumed = network(), network(), network()
     await fit(whole)
-    with pytest.raises(_Killed):
-        await fit(killed, checkpoint=tmp_path, callbacks=[_KilledAfter(2)])
+    with pytest.raises(Killed):
+        await fit(killed, checkpoint=tmp_path, callbacks=[KilledAfter(2)])
     history = await fit(resumed, checkpoint=tmp_path, resume=True)
     assert len(history) == 4
     assert torch.equal(resumed[0].weight, whole[0].weight) is same

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
-from tests.federated.rows import points
+from tests.federated.rows import sites
 from wsfed import federated
 from wsfed.federated.budget import Budget
 from wsfed.federated.dp import DP, Noise, follow, release
@@ -27,15 +26,8 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 @pytest.fixture
 async def workers() -> AsyncIterator[list[wsfed.Worker]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(
-                wsfed.VirtualWorker(
-                    f"site-{n}", datasets=[wsfed.Dataset("points", points(40 + 8 * n, n))]
-                )
-            )
-            for n in range(4)
-        ]
+    async with sites({f"site-{n}": 40 + 8 * n for n in range(4)}) as made:
+        yield made
 
 
 def network() -> nn.Module:

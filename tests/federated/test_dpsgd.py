@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
-from tests.federated.rows import points
+from tests.federated.rows import points, sites
 from wsfed import federated
 from wsfed.client.dataset import capacity
 from wsfed.errors import FederatedError
@@ -31,15 +30,8 @@ SILENT = 1e-9
 
 @pytest.fixture
 async def workers() -> AsyncIterator[list[wsfed.Worker]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(
-                wsfed.VirtualWorker(
-                    f"site-{n}", datasets=[wsfed.Dataset("points", points(40 + 40 * n, n))]
-                )
-            )
-            for n in range(3)
-        ]
+    async with sites({f"site-{n}": 40 + 40 * n for n in range(3)}) as made:
+        yield made
 
 
 def network() -> nn.Module:

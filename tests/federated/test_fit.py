@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import wsfed
-from tests.federated.rows import points
+from tests.federated.rows import Killed, KilledAfter, points, sites
 from wsfed import federated
 from wsfed.federated.recipe import Recipe
 
@@ -37,19 +36,10 @@ def accuracy(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 async def workers() -> AsyncIterator[list[wsfed.Worker]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(
-                wsfed.VirtualWorker(
-                    name,
-                    datasets=[
-                        wsfed.Dataset("points", points(40 + 8 * number, number)),
-                        wsfed.Dataset("held-out", points(20 + number, 50 + number)),
-                    ],
-                )
-            )
-            for number, name in enumerate(("alice", "bob", "carol"))
-        ]
+    async with sites(
+        {"alice": 40, "bob": 48, "carol": 56}, {"alice": 20, "bob": 21, "carol": 22}
+    ) as made:
+        yield made
 
 
 def trained_here(
@@ -340,19 +330,6 @@ async def test_a_sample_of_the_sites_trains(workers: list[wsfed.Worker]) -> None
 # --- going on -------------------------------------------------------------------------------------
 
 
-class _Killed(Exception):
-    pass
-
-
-class _KilledAfter(federated.Callback):
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-
-    def round_begins(self, number: int, sites: list[str]) -> None:
-        if number > self.rounds:
-            raise _Killed
-
-
 @pytest.mark.parametrize(
     "strategy",
     [federated.FedAvg(), federated.FedAdam(), federated.Scaffold(0.1, 3), federated.FedAvgM()],
@@ -372,8 +349,8 @@ async def test_a_training_that_was_killed_goes_on_to_the_same_weights(
 
     whole, killed, resumed = network(), network(), nn.Sequential(*network())
     history = await fit(whole)
-    with pytest.raises(_Killed):
-        await fit(killed, checkpoint=tmp_path, callbacks=[_KilledAfter(3)])
+    with pytest.raises(Killed):
+        await fit(killed, checkpoint=tmp_path, callbacks=[KilledAfter(3)])
     with torch.no_grad():
         resumed[0].weight.zero_()  # it begins with what was saved
     again = await fit(resumed, checkpoint=tmp_path, resume=True)

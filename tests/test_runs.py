@@ -206,3 +206,48 @@ def test_rows_stay_rows_in_a_plan(bob: sync.VirtualWorker) -> None:
         for rows in (turned, target):
             with pytest.raises(wsfed.GetNotPermitted):
                 rows.get()
+
+
+@pytest.mark.parametrize("name", ["SGD", "momentum", "Adam"])
+@pytest.mark.parametrize(
+    "until", [lambda loss: True, lambda loss: loss.item() < 1], ids=["no tensor", "a value"]
+)
+def test_what_cannot_end_a_run_leaves_the_plan_as_the_loop_would(
+    name: str, until: Callable[[Any], Any], bob: sync.VirtualWorker
+) -> None:
+    """The first batch is done, as in a loop that looks at its value afterwards."""
+    local, remote = model(), bob.send(model())
+    here, there = OPTIMIZERS[name](local.parameters()), OPTIMIZERS[name](remote.parameters())
+    train, plan = step_of(local, here), wsfed.plan(step_of(remote, there))
+    data = bob.dataset("points")
+    with pytest.raises(wsfed.PlanError):
+        data.run(plan, batch_size=16, until=until)
+    train(ROWS[:16], LABELS[:16])
+    run = data.run(plan, epochs=2, batch_size=16)
+    assert run.result().tolist() == list(local_epochs(train, 2, shuffle=False))
+    loss = plan(bob.send(ROWS[:7]), bob.send(LABELS[:7]))
+    assert loss.item() == train(ROWS[:7], LABELS[:7]).item()
+    for one, other in zip(remote.parameters(), local.parameters(), strict=True):
+        assert_same_bits(one.detach(), other)
+
+
+def test_a_function_that_fails_in_its_first_batch_has_done_what_came_before(
+    bob: sync.VirtualWorker,
+) -> None:
+    weight = bob.send(torch.ones(6))
+
+    @wsfed.plan
+    def step(x: Any, y: Any) -> Any:
+        weight.add_(x.detach().sum(0))
+        raise KeyError("a mistake")
+
+    for sampled in (False, True):
+        with pytest.raises(KeyError, match="a mistake"):
+            if sampled:
+                bob.dataset("points").run(
+                    wsfed.plan(lambda x, y, w: step._function(x, y)), sample_rate=1.0, steps=2
+                )
+            else:
+                bob.dataset("points").run(step, batch_size=16)
+    expected = torch.ones(6) + ROWS[:16].sum(0) + ROWS.sum(0)
+    assert_same_bits(weight.get(), expected)

@@ -172,8 +172,15 @@ class RemoteDataset:
                 shapes.append(((rows,), torch.float32))
             return [make_pointer(self._link, self._link.new_id(), *shape) for shape in shapes]
 
+        def bring(pointers: list[Pointer]) -> None:
+            ids = [each._handle.id for each in pointers[: len(wanted)]]
+            command = m.Batch(self.name, list(wanted), ids, batches.seed, batches.batch_size, 0)
+            self._link.issue(command.wire(), capture_site())
+            for weights in pointers[len(wanted) :]:
+                self._link.store(weights._handle.id, torch.ones(weights.shape), False)
+
         with plan.lock:
-            return begin(self._link, self.name, list(wanted), plan, make, batches, until)
+            return begin(self._link, self.name, list(wanted), plan, make, bring, batches, until)
 
     def _batches(self, batch_size: int, epochs: int, seed: int | None, drop_last: bool) -> Batches:
         _check_size(batch_size)

@@ -170,6 +170,7 @@ def begin(
     fields: Sequence[str],
     plan: Plan[..., Any],
     make: Callable[[int], list[Pointer]],
+    bring: Callable[[list[Pointer]], None],
     batches: Batches,
     until: Callable[[Any], Any] | None,
 ) -> DatasetRun:
@@ -177,22 +178,19 @@ def begin(
     site = capture_site()
     if (recording := recording_now()) is not None:
         recording.refuse("a run over a data set has no place in it")
-    ahead = Ahead(plan if until is None else plan.judged(until), make)
-    step, failed = None, None
+    ahead = Ahead(plan if until is None else plan.judged(until), make, bring)
+    first = batches.sizes[0]
+    step, failed = ahead.batch(first, site), None
     try:
-        for rows in [*batches.sizes] * batches.epochs:
-            step = ahead.batch(rows, site)
+        shape, shown, judged = _places(plan, step, site, has_end=until is not None)
+    except PlanError:
+        ahead.run_first(first, site)  # as in a loop, where the value is looked at behind it
+        raise
+    try:
+        for rows in ([*batches.sizes] * batches.epochs)[1:]:
+            ahead.batch(rows, site)
     except Exception as error:
         failed = error  # as in a loop, the batches before this one are run
-        if step is None:
-            raise
-    assert step is not None
-    result, judged = step.result, None
-    if until is not None:
-        result, verdict = result
-        judged = _place(plan, verdict, step, "what it ends on", site)
-    leaves, shape = pytree.tree_flatten(result)
-    shown = [_place(plan, leaf, step, "its result", site) for leaf in leaves]
     run = DatasetRun(link, ahead, batches, shape)
     rows_of = [row for segment in ahead.segments for row in segment.rows]
     numbers = torch.tensor([number for row in rows_of for number in row], dtype=torch.float64)
@@ -232,6 +230,18 @@ def begin(
     if failed is not None:
         raise failed
     return run
+
+
+def _places(
+    plan: Plan[..., Any], step: Any, site: Any, *, has_end: bool
+) -> tuple[pytree.TreeSpec, list[int], int | None]:
+    """The structure of the result, and where a program gives its parts and what it ends on."""
+    result, judged = step.result, None
+    if has_end:
+        result, verdict = result
+        judged = _place(plan, verdict, step, "what it ends on", site)
+    leaves, shape = pytree.tree_flatten(result)
+    return shape, [_place(plan, leaf, step, "its result", site) for leaf in leaves], judged
 
 
 def _place(plan: Plan[..., Any], leaf: Any, step: Any, what: str, site: Any) -> int:

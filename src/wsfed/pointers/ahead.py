@@ -50,14 +50,20 @@ class Ahead:
     Args:
         plan: to run.
         make: gives pointers for a batch of so many rows, which stand for its fields.
+        bring: makes the first batch for these pointers, where no run does it.
 
     Attributes:
         segments: what was said so far.
         is_steady: whether all steps are alike, so that no optimizer counts them here.
     """
 
-    def __init__(self, plan: Plan[..., Any], make: Callable[[int], list[Pointer]]) -> None:
-        self._plan, self._make = plan, make
+    def __init__(
+        self,
+        plan: Plan[..., Any],
+        make: Callable[[int], list[Pointer]],
+        bring: Callable[[list[Pointer]], None],
+    ) -> None:
+        self._plan, self._make, self._bring = plan, make, bring
         self.segments: list[Segment] = []
         self._recordings: list[Recording] = []
         self._fields: dict[int, list[Pointer]] = {}
@@ -90,8 +96,8 @@ class Ahead:
         if rows not in self._fields:
             self._fields[rows] = self._make(rows)
         call = self._plan._read(tuple(self._fields[rows]), {}, site)
-        # What was recorded of a batch that fails is not sent: its rows are not there yet.
-        step = self._plan._advance(call, is_next=False)
+        fields = self._fields[rows]
+        step = self._plan._advance(call, is_next=not self._steps, bring=lambda: self._bring(fields))
         self._recordings.append(step.recording)
         state = own_state(step.optimizers)
         if self._first is None:
@@ -126,6 +132,11 @@ class Ahead:
     def total(self) -> int:
         """Batches."""
         return sum(segment.count for segment in self.segments)
+
+    def run_first(self, rows: int, site: Site | None) -> None:
+        """Have the first batch run by itself: what is known here of it is true then."""
+        self._bring(self._fields[rows])
+        self._steps[rows].run(site)
 
     def end(self) -> None:
         """The command was issued."""

@@ -248,21 +248,24 @@ class Plan(Generic[_P, _R]):
 
     # --- one step further ---
 
-    def _advance(self, call: Call, *, is_next: bool = True) -> Step:
+    def _advance(
+        self, call: Call, *, is_next: bool = True, bring: Callable[[], Any] = lambda: None
+    ) -> Step:
         """Everything that happens here at a call; what is left is to have the program run.
 
         Args:
             call: which.
             is_next: whether all that was said before has been sent. If the function raises then,
                 it has done what it did until there; else it has done nothing.
+            bring: makes what it was called with, where that is not there yet.
         """
         for kept in self._kept.get(call.key, ()):
             if kept.holds(call):
                 self._kept.move_to_end(call.key)
                 return self._again(kept, call)
-        return self._record(call, is_next)
+        return self._record(call, is_next, bring)
 
-    def _record(self, call: Call, is_next: bool) -> Step:
+    def _record(self, call: Call, is_next: bool, bring: Callable[[], Any]) -> Step:
         recording, watch = Recording(self.name, call.link), Watch()
         recording.seen = watch.add
         modules: dict[nn.Module, Any] = {}
@@ -273,6 +276,7 @@ class Plan(Generic[_P, _R]):
             return self._finish(call, recording, watch, modules, result)
         except BaseException:
             if is_next:
+                bring()
                 recording.send_anyway()
             recording.end()
             raise

@@ -540,6 +540,8 @@ def test_what_is_done_once_and_would_be_missed_later_is_refused(bob: sync.Virtua
         keeping(x)
     with pytest.raises(wsfed.PlanError, match=r"tag has no place in a plan"):
         wsfed.plan(lambda x: x.tag("#no"))(x)
+    with pytest.raises(wsfed.PlanError, match=r"sending has no place in it.*test_plans\.py:\d+"):
+        wsfed.plan(lambda x: x + bob.send(torch.ones(2)))(x)
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -285,7 +285,8 @@ class NotCollocated(WsfedError):
 
     Attributes:
         op: the operation.
-        workers: ids of the workers, in the order they were met; equal for two sessions on one.
+        workers: ids of the workers, in the order they were met; equal for two sessions on one, or
+            with two workers of one name.
         site: ``file:line`` of the user's code, or ``""``.
     """
 
@@ -295,8 +296,9 @@ class NotCollocated(WsfedError):
         where = f"on one worker, and they are on {names}; move one of them with .move(worker)"
         if len(set(self.workers)) == 1:
             where = (
-                f"in one session, and they are in two sessions on {self.workers[0]!r}; connect "
-                "once and use that worker for both, or move one of them with .move(worker)"
+                "in one session, and they are in two, each with a worker called "
+                f"{self.workers[0]!r}: connect once and use that worker for both, or, if there are "
+                "two of that name (wsfed worker --id), move one of them with .move(worker)"
             )
         super().__init__(f"{op} needs its tensors {where}{f' (issued at {site})' if site else ''}")
 

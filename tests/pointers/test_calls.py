@@ -415,7 +415,7 @@ async def test_two_sessions_on_one_worker_are_told_apart_from_two_workers() -> N
         wsfed.connect(url) as other,
     ):
         x, y = one.send(torch.ones(3)), other.send(torch.ones(3))
-        with pytest.raises(wsfed.NotCollocated, match="two sessions on 'bob'; connect once"):
+        with pytest.raises(wsfed.NotCollocated, match="called 'bob': connect once"):
             x + y
         assert torch.equal(await (x + y.move(one)), torch.full((3,), 2.0))
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from wsfed.errors import PointerError
 from wsfed.pointers.link import Link, link_of
 from wsfed.pointers.pointer import Pointer, make_sent, transfer
+from wsfed.pointers.recording import recording_now
 from wsfed.pointers.site import capture_site
 
 __all__ = ["copy", "get", "move", "send"]
@@ -41,7 +42,10 @@ def send(value: Any, worker: Any, *, lasting: bool = False) -> Any:
     Raises:
         TypeError: nothing of it can be sent.
         PointerError: a local backward pass still needs the module's parameters.
+        PlanError: it is in a plan, which would send the same values each time.
     """
+    if (recording := recording_now()) is not None:
+        recording.refuse("sending has no place in it: send before, and hand the pointer over")
     link = link_of(worker)
     if isinstance(value, nn.Module):
         _send_when_made(value, link)

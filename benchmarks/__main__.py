@@ -222,7 +222,7 @@ the ratios carry over** to other machines; no test asserts a time.
 A step of training through pointers is two or three dozen commands, of which nothing waits but the
 last loss. The client is done long before the worker ("CPU of a step"); what decides is the worker,
 where the thread that runs operations and the event loop share Python's interpreter lock, so that
-what the loop does comes on top, and 5 to 10 µs for each command: looking up its tensors, its
+what the loop does comes on top, and 10 to 15 µs for each command: looking up its tensors, its
 result's size, the result's place. Small operations feel that, large ones do not. A
 [plan](plans.md) is one message a step, or one for all of them, and its worker runs a list of calls.
 For Adam over a data set the client works first, on the counts of all steps.

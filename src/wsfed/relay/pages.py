@@ -41,7 +41,17 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid #8886; }
 td { vertical-align: top; overflow-wrap: anywhere; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+@media (max-width: 45rem) {
+  thead { display: none; }
+  tr { display: block; padding: .5rem 0; border-bottom: 1px solid #8886; }
+  td { display: flex; gap: 1rem; padding: .1rem 0; border: 0; text-align: left; }
+  td::before { content: attr(data-label); flex: 0 0 7rem; opacity: .7; text-align: left; }
+}
 """
+
+#: Headings of the table; those of numbers are on the right.
+_WORDS: Final = ("node", "profile", "tags", "since (UTC)")
+_NUMBERS: Final = ("sessions", "to it", "from it")
 
 
 class Pages:
@@ -89,10 +99,7 @@ class Pages:
             '<meta name="viewport" content="width=device-width">'
             '<title>wsfed hub</title><link rel="stylesheet" href="/style.css"></head><body><main>'
             f"<h1>wsfed hub</h1><p>{count} connected.</p>"
-            '<div class="scroll"><table><thead><tr><th scope="col">node</th><th scope="col">'
-            'profile</th><th scope="col">tags</th><th scope="col">since (UTC)</th>'
-            '<th scope="col" class="number">sessions</th><th scope="col" class="number">to it</th>'
-            '<th scope="col" class="number">from it</th></tr></thead>'
+            f'<div class="scroll"><table><thead><tr>{_headings()}</tr></thead>'
             f"<tbody>{rows}</tbody></table></div>{more}</main></body></html>\n"
         )
         return Page(text, kind="text/html; charset=utf-8", headers=_HEADERS)
@@ -128,13 +135,25 @@ def _style() -> Page:
     return Page(_STYLE, kind="text/css; charset=utf-8", headers=_HEADERS)
 
 
+def _headings() -> str:
+    words = [f'<th scope="col">{name}</th>' for name in _WORDS]
+    numbers = [f'<th scope="col" class="number">{name}</th>' for name in _NUMBERS]
+    return "".join([*words, *numbers])
+
+
 def _row(member: Member) -> str:
     said, traffic = member.announced, member.traffic
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(member.since))
     words = (said.node, said.profile, ", ".join(said.tags), since)
     numbers = (f"{traffic.sessions:,}", _size(traffic.down), _size(traffic.up))
-    cells = [f"<td>{html.escape(word)}</td>" for word in words]
-    cells += [f'<td class="number">{number}</td>' for number in numbers]
+    cells = [
+        f'<td data-label="{label}">{html.escape(word)}</td>'
+        for label, word in zip(_WORDS, words, strict=True)
+    ]
+    cells += [
+        f'<td data-label="{label}" class="number">{number}</td>'
+        for label, number in zip(_NUMBERS, numbers, strict=True)
+    ]
     return f"<tr>{''.join(cells)}</tr>"
 
 

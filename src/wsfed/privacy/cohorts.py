@@ -71,7 +71,7 @@ def check_cohort(
         policy: of the member's owner.
         colluders: of the roster: ``max_colluders``.
         earlier: all sums that shares were given for, in their order.
-        new: that they are asked for now.
+        new: the one that is asked for.
 
     Raises:
         ValueError: the sum is too near to an earlier one.
